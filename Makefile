@@ -1,0 +1,53 @@
+# make demo    the whole system on this machine, no robot needed: report in runs/demo/<time>/
+# make test    the test suite
+# make lint    format and style          make colcon    build as a ROS 2 package into build/ and install/
+PYTHON ?= python3
+EXTRAS ?= robot,server,sim,test
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# library that must be loadable : Debian and Ubuntu package that brings it
+LIBRARIES := libEGL.so.1:libegl1 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0 libX11.so.6:libx11-6
+DRIVER := libgl1-mesa-dri
+
+.PHONY: .venv demo test lint colcon clean system
+
+.venv: $(STAMP)
+
+$(STAMP): setup.py setup.cfg | system
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
+	touch $@
+
+# What pip cannot bring: graphics libraries for off-screen rendering and OpenCV.
+system:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "needs Python 3.11 or newer: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	@missing=""; \
+	for pair in $(LIBRARIES); do \
+	  $(PYTHON) -c "import ctypes; ctypes.CDLL('$${pair%%:*}')" 2>/dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	[ -n "$$(ls /usr/lib*/dri/swrast_dri.so /usr/lib/*/dri/swrast_dri.so 2>/dev/null)" ] || missing="$$missing $(DRIVER)"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	else \
+	  echo "missing system packages, install them first: sudo apt install$$missing"; exit 1; \
+	fi
+
+demo: .venv
+	$(BIN)/vipra demo
+
+test: .venv
+	$(BIN)/pytest
+
+lint: .venv
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
+
+colcon: .venv
+	. $(BIN)/activate && colcon build
+
+clean:
+	rm -rf build install log *.egg-info
