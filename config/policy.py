@@ -1,0 +1,25 @@
+"""What a policy server serves."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from config.loading import Strict
+
+
+class Policy(Strict):
+    """A checkpoint and how to run it."""
+
+    KIND: ClassVar[str] = "policies"
+
+    checkpoint: str = Field(
+        description="checkpoint folder; relative paths start at the checkout or share folder"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on cuda, float32 on cpu"
+    )
+    max_batch: int = Field(4, ge=1, le=16, description="robots answered in one forward pass")
+    sampler: Literal["euler", "heun"] = "euler"
+    steps: int = Field(10, ge=1, le=100, description="integration steps (ViPRA section 4.3: 10)")
+    threads: int | None = Field(None, ge=1, description="torch CPU threads; null: torch's choice")
