@@ -1,0 +1,186 @@
+"""Actions between the robot's units and the network's: statistics of the demonstrations, kept with the
+checkpoint.
+
+Joints are in rad, absolute or relative to the state at t_obs (a_i - q(t_obs)); grippers are openings 0
+(closed) to 1 (open), always absolute, mapped to [-1, 1]. Everything is `centre + scale * x` per dimension;
+numpy, float64 inside.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+JOINT_RANGE = 5.5  # rad, about the width of an FR3 joint's range (Franka Robotics datasheet: 3.6 to 6.0)
+SCALE_FLOOR = 1e-3  # of the joint's range: a joint that never moved must not turn noise into huge numbers
+MARGIN_FLOOR = 0.02  # rad
+
+
+class NormalizationError(ValueError):
+    """Statistics or arrays do not fit; the message names what and how."""
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Statistics of D dimensions. Raises NormalizationError for inconsistent or non-finite numbers."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]  # joint | gripper
+    representation: str  # absolute | relative
+    method: str  # mean_std | quantile
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    low: tuple[float, ...]  # demonstrated range, absolute
+    high: tuple[float, ...]
+    margin: float = 0.05  # of the demonstrated range, allowed beyond it (at least MARGIN_FLOOR)
+
+    def __post_init__(self):
+        d = len(self.names)
+        if self.representation not in ("absolute", "relative"):
+            raise NormalizationError(f"representation {self.representation!r} is not absolute or relative")
+        if self.method not in ("mean_std", "quantile"):
+            raise NormalizationError(f"method {self.method!r} is not mean_std or quantile")
+        if d == 0 or len(set(self.names)) != d or not all(isinstance(name, str) for name in self.names):
+            raise NormalizationError(f"names {self.names} must be distinct words")
+        if len(self.kinds) != d or not set(self.kinds) <= {"joint", "gripper"}:
+            raise NormalizationError(f"kinds {self.kinds} must be joint or gripper for each of {d} names")
+        for key in ("centre", "scale", "low", "high"):
+            values = getattr(self, key)
+            if len(values) != d or not np.isfinite(np.asarray(values, float)).all():
+                raise NormalizationError(f"{key} must hold {d} finite numbers, got {values}")
+        if min(self.scale) <= 0:
+            raise NormalizationError(f"scale must be positive, got {self.scale}")
+        if np.any(np.asarray(self.low) > np.asarray(self.high)):
+            raise NormalizationError(f"low {self.low} exceeds high {self.high}")
+        if not (np.isfinite(self.margin) and self.margin >= 0):
+            raise NormalizationError(f"margin {self.margin} must be finite and not negative")
+
+    @property
+    def gripper(self) -> np.ndarray:
+        """bool [D]."""
+        return np.array([kind == "gripper" for kind in self.kinds])
+
+    @property
+    def needs_state(self) -> bool:
+        return self.representation == "relative"
+
+    @property
+    def limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest action that ever leaves: [D] each, rad or opening."""
+        low, high = np.asarray(self.low, float), np.asarray(self.high, float)
+        margin = np.maximum(self.margin * (high - low), MARGIN_FLOOR)
+        return np.where(self.gripper, 0.0, low - margin), np.where(self.gripper, 1.0, high + margin)
+
+    def _offset(self, actions: np.ndarray, state: np.ndarray | None) -> np.ndarray | float:
+        """What relative joints are measured from, broadcast over the horizon axis."""
+        if actions.ndim < 2 or actions.shape[-1] != len(self.names):
+            raise NormalizationError(
+                f"actions must be [..., H, {len(self.names)}], got {list(actions.shape)}"
+            )
+        if not self.needs_state:
+            return 0.0
+        if state is None:
+            raise NormalizationError("actions relative to the state need the state at t_obs")
+        state = np.asarray(state, float)
+        if state.shape != actions.shape[:-2] + actions.shape[-1:] or not np.isfinite(state).all():
+            raise NormalizationError(
+                f"state must be finite [..., {len(self.names)}], got {list(state.shape)}"
+            )
+        return np.where(self.gripper, 0.0, state)[..., None, :]
+
+    def normalize(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """Actions [..., H, D] in rad and opening, state [..., D] where relative -> float32 [..., H, D]."""
+        actions = np.asarray(actions, float)
+        offset = self._offset(actions, state)
+        return ((actions - offset - self.centre) / self.scale).astype(np.float32)
+
+    def denormalize(self, x: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """The inverse, clipped to `limits`: float32 [..., H, D]."""
+        x = np.asarray(x, float)
+        offset, (low, high) = self._offset(x, state), self.limits
+        return np.clip(x * self.scale + self.centre + offset, low, high).astype(np.float32)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Normalizer":
+        """Strict: every key, no other. Raises NormalizationError."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise NormalizationError(f"normalization is not JSON: {error}") from error
+        keys = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != keys:
+            raise NormalizationError(f"normalization must hold exactly {sorted(keys)}")
+        try:
+            return cls(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+            )
+        except NormalizationError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise NormalizationError(f"normalization holds a wrong type: {error}") from error
+
+
+def fit(
+    chunks: np.ndarray,
+    names: tuple[str, ...],
+    kinds: tuple[str, ...],
+    states: np.ndarray | None = None,
+    method: str = "mean_std",
+    joint_range: float | np.ndarray = JOINT_RANGE,
+    margin: float = 0.05,
+) -> Normalizer:
+    """Statistics of demonstrated chunks [n, H, D]; with `states` [n, D] joints become relative to them.
+
+    method mean_std, or quantile (1st and 99th percentile to -1 and 1). joint_range: rad, width of each
+    joint's range.
+    """
+    chunks = np.asarray(chunks, float)
+    if (
+        chunks.ndim != 3
+        or chunks.shape[-1] != len(names)
+        or len(kinds) != len(names)
+        or not np.isfinite(chunks).all()
+    ):
+        raise NormalizationError(f"chunks must be finite [n, H, {len(names)}], got {list(chunks.shape)}")
+    gripper = np.array([kind == "gripper" for kind in kinds])
+    absolute = chunks.reshape(-1, len(names))
+    values = absolute
+    if states is not None:
+        offset = np.where(gripper, 0.0, np.asarray(states, float))
+        values = (chunks - offset[:, None]).reshape(-1, len(names))
+    if method == "quantile":
+        low, high = np.quantile(values, [0.01, 0.99], axis=0)
+        centre, scale = (low + high) / 2, (high - low) / 2
+    else:
+        centre, scale = values.mean(0), values.std(0)
+    scale = np.maximum(scale, SCALE_FLOOR * np.asarray(joint_range))
+    return Normalizer(
+        names=tuple(names),
+        kinds=tuple(kinds),
+        representation="absolute" if states is None else "relative",
+        method=method,
+        centre=tuple(np.where(gripper, 0.5, centre).tolist()),
+        scale=tuple(np.where(gripper, 0.5, scale).tolist()),
+        low=tuple(np.where(gripper, 0.0, absolute.min(0)).tolist()),
+        high=tuple(np.where(gripper, 1.0, absolute.max(0)).tolist()),
+        margin=margin,
+    )
+
+
+def unfitted(names: tuple[str, ...], kinds: tuple[str, ...], representation: str = "absolute") -> Normalizer:
+    """Statistics of nothing, for random weights: unit scale, joints within +-2.9 rad."""
+    gripper = [kind == "gripper" for kind in kinds]
+    return Normalizer(
+        names=tuple(names),
+        kinds=tuple(kinds),
+        representation=representation,
+        method="mean_std",
+        centre=tuple(0.5 if g else 0.0 for g in gripper),
+        scale=tuple(0.5 if g else 1.0 for g in gripper),
+        low=tuple(0.0 if g else -2.9 for g in gripper),
+        high=tuple(1.0 if g else 2.9 for g in gripper),
+        margin=0.0,
+    )

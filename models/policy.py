@@ -1,0 +1,217 @@
+"""ViPRA-FM: two frames and an instruction in, a chunk of H normalised actions out.
+
+Training (stage 3); frames are o_{t-1}, o_t, and the VQGAN stays frozen:
+
+    texts  = [encode_prompt(tokenizer, task) for task in tasks]      # models.sequence
+    codes  = vqgan.encode(vqgan.to_input(frames.flatten(0, 1))).view(B, 2, -1)  # uint8 [B, 2, h, w, 3]
+    loss   = policy.loss(texts, codes, normalizer.normalize(actions, state), bridge=encode_bridge(tokenizer))
+
+Inference is three calls over one static KV cache, once each for a chunk: `encode_text` (per task), `prefill`
+(frames and the first Euler step in one pass), `step` for every later evaluation. `sample` is those in order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models import sequence
+from models.backbone import Backbone, KVCache, rope
+from models.config import ModelConfig
+from models.flow import flow_loss, integrate, sample_target, schedule
+from models.heads import ActionEncoder, LatentHead, flow_head, latent_embedding
+from models.sequence import Layout
+
+Ids = Sequence[int] | Tensor  # token ids; a tensor on the model's device saves the copy
+
+
+@dataclass
+class TextPrefix:
+    """Keys and values of one prompt, [layers, heads, tokens, head_dim]: the same for every request with that
+    task.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass
+class Prefix:
+    """State of a chunk between prefill and its last step: which rows, and the actions' fixed rotation and
+    mask.
+    """
+
+    cache: KVCache
+    layout: Layout
+    rotation: tuple[Tensor, Tensor]
+    mask: Tensor
+
+
+class Policy(nn.Module):
+    """Backbone and heads. `serving=True` leaves out tables and heads that continuous actions do not use."""
+
+    def __init__(self, config: ModelConfig, serving: bool = False):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, token_heads=not serving)
+        self.latent_embedding = None if serving else latent_embedding(config)
+        self.latent_head = None if serving else LatentHead(config)
+        flow = config.action_heads == "flow"
+        self.action_encoder = ActionEncoder(config) if flow else None
+        self.action_head = flow_head(config) if flow else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.norm.weight.dtype
+
+    def layout(self, text_slots: int, bridge: Ids) -> Layout:
+        return Layout(text_slots, self.config.vision_tokens, len(bridge), self.config.horizon)
+
+    def embed_scene(self, codes: Tensor, bridge: Ids) -> Tensor:
+        """VQGAN codes [B, 2, N] and the text after them -> embeddings [B, vision + bridge, hidden]."""
+        vision = self.backbone.vision_embedding(sequence.vision_ids(self.config, codes))
+        after = self.backbone.text_embedding(torch.as_tensor(bridge, device=codes.device))
+        return torch.cat([vision, after.expand(len(codes), -1, -1)], 1)
+
+    # one whole sequence at once: training, and the reference that cached inference must equal
+
+    def velocity(self, texts: list[list[int]], codes: Tensor, x: Tensor, s: Tensor, bridge: Ids) -> Tensor:
+        """g(x_s, s) [B, H, D] recomputing every token. texts: ids up to `<vision>`; codes [B, 2, N]; x [B, H,
+        D]; s [B].
+        """
+        layout = self.layout(max(map(len, texts)), bridge)
+        ids, lengths = sequence.pad_left(texts, layout.text_slots, codes.device)
+        embedded = [
+            self.backbone.text_embedding(ids),
+            self.embed_scene(codes, bridge),
+            self.action_encoder(x, s),
+        ]
+        hidden = self.backbone(
+            torch.cat(embedded, 1),
+            rope(self.config, sequence.positions(lengths, layout)),
+            sequence.attention_mask(lengths, layout, self.config.chunk_attention),
+            tail=layout.horizon,
+        )
+        return self.action_head(hidden)
+
+    def loss(
+        self,
+        texts: list[list[int]],
+        codes: Tensor,
+        actions: Tensor,
+        bridge: Ids,
+        valid: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow-matching loss (scalar) for normalised actions [B, H, D]; `valid` [B, H] marks actions that
+        count.
+        """
+        target = sample_target(actions.float(), self.config.objective, generator)
+        return flow_loss(self.velocity(texts, codes, target.x, target.s, bridge), target, valid)
+
+    @torch.inference_mode()
+    def sample_recomputing(
+        self,
+        texts: list[list[int]],
+        codes: Tensor,
+        noise: Tensor,
+        bridge: Ids,
+        steps: int = 10,
+        sampler="euler",
+    ) -> Tensor:
+        """The chunk, recomputing the prefix at every step: what the cache is checked and measured against."""
+
+        def velocity(u: Tensor, s: float) -> Tensor:
+            return self.velocity(texts, codes, u, torch.full((len(u),), s, device=u.device), bridge)
+
+        return integrate(velocity, noise, steps, sampler, self.config.objective)
+
+    # cached inference
+
+    def new_cache(self, batch: int, bridge: Ids, text_slots: int | None = None) -> KVCache:
+        """A cache for up to `batch` rows of `text_slots` (default: the config's) text slots, two frames and a
+        chunk.
+        """
+        layout = self.layout(text_slots or self.config.max_text_tokens, bridge)
+        return KVCache(self.config, batch, layout.slots, self.device, self.dtype)
+
+    @torch.inference_mode()
+    def encode_text(self, text: list[int]) -> TextPrefix:
+        """Keys and values of one prompt."""
+        n = len(text)
+        cache = KVCache(self.config, 1, n, self.device, self.dtype)
+        ids = torch.tensor([text], device=self.device)
+        mask = torch.ones(n, n, dtype=torch.bool, device=self.device).tril()[None, None]
+        rotation = rope(self.config, torch.arange(n, device=self.device)[None])
+        self.backbone(self.backbone.text_embedding(ids), rotation, mask, cache, tail=1)
+        return TextPrefix(cache.k[:, 0], cache.v[:, 0])
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        texts: list[TextPrefix],
+        codes: Tensor,
+        noise: Tensor,
+        cache: KVCache,
+        bridge: Ids,
+        s: float = 0.0,
+    ) -> tuple[Prefix, Tensor]:
+        """Fill `cache` with B rows and evaluate g(noise, s) [B, H, D] in the same pass.
+
+        Text lands right-aligned in the cache's text slots. Raises ValueError when a prompt is longer than
+        those.
+        """
+        batch = len(texts)
+        layout = self.layout(
+            cache.slots - self.config.vision_tokens - len(bridge) - self.config.horizon, bridge
+        )
+        end = layout.text_slots
+        for row, text in enumerate(texts):
+            if text.length > end:
+                raise ValueError(f"text of {text.length} tokens does not fit {end} slots")
+            cache.k[:, row, :, end - text.length : end] = text.k
+            cache.v[:, row, :, end - text.length : end] = text.v
+        lengths = torch.tensor([text.length for text in texts]).to(self.device, non_blocking=True)
+        cos, sin = rope(self.config, sequence.positions(lengths, layout, start=end))
+        mask = sequence.attention_mask(lengths, layout, self.config.chunk_attention, start=end)
+        actions = self.action_encoder(noise, torch.full((batch,), s, device=self.device))
+        x = torch.cat([self.embed_scene(codes, bridge), actions], 1)
+        hidden = self.backbone(x, (cos, sin), mask, cache, start=end, tail=layout.horizon)
+        h = layout.horizon
+        return Prefix(cache, layout, (cos[:, :, -h:], sin[:, :, -h:]), mask[:, :, -h:]), self.action_head(
+            hidden
+        )
+
+    @torch.inference_mode()
+    def step(self, prefix: Prefix, u: Tensor, s: float) -> Tensor:
+        """g(u, s) [B, H, D] against the cached prefix; overwrites the actions' own slots."""
+        x = self.action_encoder(u, torch.full((len(u),), s, device=u.device))
+        start = prefix.layout.first_action
+        return self.action_head(self.backbone(x, prefix.rotation, prefix.mask, prefix.cache, start=start))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        texts: list[TextPrefix],
+        codes: Tensor,
+        noise: Tensor,
+        cache: KVCache,
+        bridge: Ids,
+        steps: int = 10,
+        sampler: str = "euler",
+    ) -> Tensor:
+        """Noise [B, H, D] fp32 -> normalised actions [B, H, D] fp32."""
+        first_s = schedule(steps, self.config.objective)[0][0]
+        prefix, first = self.prefill(texts, codes, noise, cache, bridge, first_s)
+        return integrate(
+            lambda u, s: self.step(prefix, u, s), noise, steps, sampler, self.config.objective, first=first
+        )
