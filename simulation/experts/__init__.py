@@ -1,0 +1,3 @@
+"""Scripted experts with privileged state: demonstrations for training. Pure numpy; imports nothing of
+ours.
+"""
