@@ -1,0 +1,55 @@
+"""The simulated workcell's front camera, rendered from the simulator's published state.
+
+MuJoCo renders in this process; nothing that imports triton may ever join it (the two crash together).
+"""
+
+import math
+
+from config.workcell import Workcell
+from vipra_ros.cameras.source import CameraError, Clock, Frame, Intrinsics, wait_until
+
+
+class SimSource:
+    """Pictures at multiples of 1 / `rate_hz` of simulated time, skipped where rendering falls behind."""
+
+    # Arms at rest render identically, to the bit. A stopped simulator stops the stamps instead.
+    noisy = False
+
+    def __init__(
+        self, workcell: Workcell, state_name: str, width: int, height: int, rate_hz: float, clock: Clock
+    ):
+        self._workcell, self._state_name, self._size = workcell, state_name, (width, height)
+        self._period_s, self._clock = 1.0 / rate_hz, clock
+        self._renderer = None
+
+    def open(self) -> Intrinsics:
+        from simulation.render import Renderer, intrinsics
+
+        self.close()
+        try:
+            self._renderer = Renderer(self._workcell, self._state_name, *self._size)
+        except (OSError, TimeoutError, RuntimeError, ValueError) as error:
+            raise CameraError(f"cannot render simulation '{self._state_name}': {error}") from error
+        self._due = math.ceil(self._clock.now() / self._period_s)
+        self._stamp_s = -math.inf
+        matrix = intrinsics(self._workcell, *self._size)
+        return Intrinsics(matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2])
+
+    def grab(self, timeout_s: float) -> Frame | None:
+        if not wait_until(self._clock, self._due * self._period_s, timeout_s):
+            return None
+        try:
+            rgb, stamp_s = self._renderer.render()
+        except (OSError, TimeoutError, RuntimeError, ValueError) as error:
+            raise CameraError(f"simulation '{self._state_name}' is gone: {error}") from error
+        behind = max(0, math.floor(self._clock.now() / self._period_s) - self._due)
+        self._due += behind + 1
+        if stamp_s <= self._stamp_s:
+            return None
+        self._stamp_s = stamp_s
+        return Frame(rgb, stamp_s, behind)
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
