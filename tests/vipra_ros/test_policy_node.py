@@ -1,0 +1,574 @@
+"""The policy node on real Fast DDS, with a real policy server in a process of its own.
+
+The arms are a stand-in that reads commands as the arms node does; pictures come from the test, except where
+the camera node is the point.
+"""
+
+import array
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticStatus
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.msg import ParameterValue
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from config.embodiment import Embodiment
+from config.loading import ConfigError, load
+from tests.vipra_ros.arms_standin import ArmsStandIn
+from tests.vipra_ros.graph import Graph, write_robot
+from tests.vipra_ros.test_camera_sources import FOOTAGE, encode, grey
+from vipra_ros.clock import to_stamp
+from vipra_ros.commander import FrameHistory
+from vipra_ros.nodes import policy as policy_module
+from vipra_ros.nodes.policy import PolicyNode, dimensions_by_arm
+from vipra_ros.process import Child, free_port, wait_for
+
+PERIOD_S = 1 / 30
+
+
+class Pictures:
+    """A camera: a grey picture every 33 ms, one level of 5 brighter each time, while `on`."""
+
+    def __init__(self, graph: Graph):
+        self._publisher = graph.do(
+            lambda: graph.node.create_publisher(Image, "/front_camera/image_raw", qos_profile_sensor_data)
+        )
+        self.on, self.offset_s = True, 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        for number in itertools.count():
+            due += PERIOD_S
+            if self._end.wait(max(0.0, due - time.monotonic())):
+                return
+            if self.on:
+                image = Image(width=80, height=60, step=240, encoding="rgb8")
+                image.data = array.array("B", bytes([5 * (number % 50)]) * (240 * 60))
+                sec, nanosec = to_stamp(due + self.offset_s)
+                image.header.stamp = Time(sec=sec, nanosec=nanosec)
+                self._publisher.publish(image)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+class Scene:
+    """Graph, stand-in arms, pictures and a policy server; `start_node` adds the policy node."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.graph = Graph()
+        self.arms = self.graph.spin(ArmsStandIn(context=self.graph.context))
+        self.address = f"tcp://127.0.0.1:{free_port()}"
+        self.statuses: list[DiagnosticStatus] = self.graph.collect(
+            DiagnosticStatus,
+            "/policy/status",
+            QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL),
+        )
+        self.server: Child | None = None
+        self.pictures: Pictures | None = None
+        self.clients: dict[str, object] = {}
+
+    def serve(self, delay_s: float = 0.0, robot: str = "franka_bimanual") -> Child:
+        argv = [sys.executable, "-m", "tests.vipra_ros.serve_moves", self.address, str(delay_s), robot]
+        self.server = Child("server", argv, self.folder / "server.log")
+        wait_for(lambda: self.server.find(r"^ready\b"), 30, "server", [self.server], self.server)
+        return self.server
+
+    def film(self) -> Pictures:
+        self.pictures = Pictures(self.graph)
+        return self.pictures
+
+    def robot(self, **policy) -> str:
+        return write_robot(self.folder, policy={"task": "stack", "server": self.address, **policy})
+
+    def start_node(self, *more: Parameter, **policy) -> PolicyNode:
+        given = {"robot": self.robot(**policy), "run_dir": str(self.folder / "run")}
+        overrides = [*(Parameter(name, value=value) for name, value in given.items()), *more]
+        return self.graph.spin(PolicyNode(context=self.graph.context, parameter_overrides=overrides))
+
+    def call(self, service: str, timeout_s: float = 15.0) -> tuple[bool, str]:
+        if service not in self.clients:
+            self.clients[service] = self.graph.do(lambda: self.graph.node.create_client(Trigger, service))
+        client = self.clients[service]
+        assert client.wait_for_service(10.0)
+        future = client.call_async(Trigger.Request())
+        wait_for(future.done, timeout_s, service)
+        return future.result().success, future.result().message
+
+    def running(self, chunks: int = 1) -> None:
+        """Start, and wait for so many chunks."""
+        assert self.call("/policy/start") == (True, "running: stack")
+        before = len(self.arms.chunks)
+        wait_for(lambda: len(self.arms.chunks) >= before + chunks, 15, f"{chunks} chunks")
+
+    def value(self, key: str) -> str:
+        return next((v.value for v in self.statuses[-1].values if v.key == key), "") if self.statuses else ""
+
+    def until(self, state: str, words: str = "", timeout_s: float = 10.0) -> None:
+        seen = lambda: self.value("state") == state and words in self.statuses[-1].message  # noqa: E731
+        try:
+            wait_for(seen, timeout_s, f"{state} {words}")
+        except Exception as error:
+            last = self.statuses[-1].message if self.statuses else "no status"
+            raise AssertionError(f"{error}; last: {self.value('state')}: {last}") from error
+
+    def log(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "run" / "policy.jsonl").read_text().splitlines()]
+
+    def close(self) -> None:
+        if self.pictures:
+            self.pictures.close()
+        self.graph.__exit__()
+        if self.server:
+            self.server.stop()
+
+
+@pytest.fixture
+def scene(tmp_path):
+    scene = Scene(tmp_path)
+    yield scene
+    scene.close()
+
+
+# --- Running
+
+
+def test_chunks_reach_both_arms_whole_in_order_and_timed_by_the_observation(scene):
+    scene.serve()
+    scene.film()
+    viewers = scene.graph.collect(JointTrajectory, "/policy/chunk", 10)
+    scene.start_node()
+    scene.running(chunks=6)
+    accepted = scene.arms.chunks
+    requests = {line["seq"]: line for line in scene.log() if line["outcome"] == "sent"}
+    assert requests[accepted[0][1].seq]["rate_hz"] == 22.0 or scene.value("rate_hz") != "22", (
+        "lowered is announced"
+    )
+    for number, (at, chunk) in enumerate(accepted):
+        assert chunk.joints.shape == (14, 14) and chunk.grippers.shape == (14, 2)
+        assert chunk.rate_hz == pytest.approx(requests[chunk.seq]["rate_hz"], rel=1e-6)
+        due = requests[chunk.seq]["t_obs"] if number else requests[chunk.seq]["t0"]
+        assert chunk.t0 == pytest.approx(due, abs=1e-6), "action 0 is due at t_obs, after a rest on arrival"
+        assert (0.0 if number else -0.05) < at - chunk.t0 < 14 / 22
+        assert chunk.grippers.max() == 1.0, "an opening a little over 1 is fully open"
+        assert np.diff(chunk.joints, axis=0) == pytest.approx(0.002, abs=1e-6)
+    assert np.diff([chunk.seq for _, chunk in accepted]).min() > 0
+    assert np.diff([chunk.t0 for _, chunk in accepted]).min() > 0
+    wait_for(lambda: viewers, 5, "the viewers' chunk")
+    assert len(viewers[-1].joint_names) == 16 and len(viewers[-1].points) == 14
+    assert {"timing", "latency_ms", "seed", "sent", "received"} <= set(scene.log()[0])
+    assert [line["seed"] for line in scene.log()][:3] == [0, 1, 2]
+
+
+def test_the_earlier_picture_is_the_one_history_seconds_before_the_newest(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running(chunks=8)
+    levels = np.array([chunk.grippers[:2, 0] * 255 for _, chunk in scene.arms.chunks])
+    steps = np.round((levels[:, 1] - levels[:, 0]) / 5) % 50
+    assert set(steps) == {2.0}, "0.0667 s are two pictures at 30 Hz"
+
+
+def test_append_chunks_begin_where_the_last_one_ends(scene):
+    scene.serve(delay_s=0.1)
+    scene.film()
+    scene.start_node(anchor="append", replan_after=14)
+    scene.running(chunks=4)
+    chunks = [chunk for _, chunk in scene.arms.chunks]
+    assert np.diff([chunk.t0 for chunk in chunks]) == pytest.approx(14 / 22, abs=0.02)
+    for last, following in itertools.pairwise(chunks):  # in place too: the policy is relative to the state
+        assert following.joints[0] == pytest.approx(last.joints[-1], abs=1e-5)
+
+
+def test_synchronous_runs_a_part_of_a_chunk_rests_and_asks_again(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node(mode="synchronous", action_rate_hz=20.0, min_cycle_s=0.7)
+    scene.running(chunks=4)
+    assert {len(chunk) for _, chunk in scene.arms.chunks} == {7}
+    at = [at for at, _ in scene.arms.chunks]
+    assert np.diff(at).min() > 0.65
+
+
+def test_injected_latency_counts_and_the_rate_is_lowered_to_the_highest_without_gaps(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node(inject_latency_ms=400.0)
+    scene.running(chunks=3)
+    scene.until("RUNNING", "the highest gap-free rate")
+    latencies = [line["latency_ms"] for line in scene.log() if line["outcome"] == "sent"]
+    assert min(latencies) >= 400.0
+    assert float(scene.value("rate_hz")) <= 14 / (2 * 0.4) < 22.0
+    assert scene.statuses[-1].level == DiagnosticStatus.WARN
+    assert scene.arms.chunks[-1][1].rate_hz == pytest.approx(float(scene.value("rate_hz")), abs=3.0)
+
+
+def test_a_jump_of_ros_time_changes_nothing(scene):
+    scene.serve()
+    scene.film()
+    node = scene.graph.node
+    clock = scene.graph.do(lambda: node.create_publisher(Clock, "/clock", qos_profile_sensor_data))
+    scene.start_node(Parameter("use_sim_time", value=True))
+    scene.running(chunks=2)
+    for seconds in (1000, 10, 5000):
+        for _ in range(3):
+            clock.publish(Clock(clock=Time(sec=seconds)))
+        before = len(scene.arms.chunks)
+        wait_for(lambda n=before: len(scene.arms.chunks) >= n + 2, 5, "chunks go on")
+    assert scene.value("state") == "RUNNING" and scene.arms.rejected == ""
+
+
+def test_the_task_can_change_while_it_runs_and_a_wrong_one_is_refused(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running()
+    node = scene.graph.node
+    client = scene.graph.do(lambda: node.create_client(SetParameters, "/policy/set_parameters"))
+    assert client.wait_for_service(5.0)
+
+    def change(task: str):
+        value = ParameterValue(type=4, string_value=task)
+        future = client.call_async(
+            SetParameters.Request(parameters=[ParameterMessage(name="task", value=value)])
+        )
+        wait_for(future.done, 5, "set_parameters")
+        return future.result().results[0]
+
+    assert change("fold the cloth").successful
+    wait_for(lambda: scene.log()[-1]["task"] == "fold the cloth", 5, "the new task")
+    answer = change("x" * 513)
+    assert not answer.successful and "512" in answer.reason
+    assert scene.value("task") == "fold the cloth" and scene.value("state") == "RUNNING"
+
+
+def test_stop_lets_both_arms_go_and_start_goes_on(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running(chunks=2)
+    assert scene.call("/policy/stop")[0]
+    wait_for(lambda: scene.arms.let_go == 1, 5, "letting go")
+    scene.until("IDLE")
+    count = len(scene.arms.chunks)
+    scene.running(chunks=2)
+    assert len(scene.arms.chunks) >= count + 2
+
+
+# --- Refusing to start
+
+
+def test_start_says_what_is_missing(scene, monkeypatch):
+    monkeypatch.setattr(policy_module, "START_PATIENCE_S", 1.0)
+    node = scene.start_node(task="")
+    success, message = scene.call("/policy/start")
+    assert not success and "no task" in message and "ros2 param set" in message
+    node.set_parameters([Parameter("task", value="stack")])
+    success, message = scene.call("/policy/start")
+    assert not success and "no policy server" in message and scene.address in message
+    scene.serve()
+    success, message = scene.call("/policy/start")
+    assert not success and "no picture" in message
+    scene.film().offset_s = -100.0
+    success, message = scene.call("/policy/start")
+    assert not success and "100.0 s away from this clock" in message
+    scene.pictures.offset_s = 0.0
+    scene.arms.fail("left: reflex")
+    success, message = scene.call("/policy/start")
+    assert not success and "left: reflex" in message and "/arms/recover" in message
+    assert not scene.arms.messages
+    scene.arms.recover()
+    scene.running()
+
+
+def test_a_policy_for_another_robot_is_refused_with_the_differences(scene):
+    scene.serve(robot="franka_single")
+    scene.film()
+    scene.start_node()
+    success, message = scene.call("/policy/start")
+    assert not success and "franka_single" in message and "action_dim is 8, the robot has 16" in message
+    assert scene.value("state") == "STOPPED" and not scene.arms.messages
+
+
+def test_a_second_commander_is_refused_while_the_first_holds_the_lease(scene, monkeypatch):
+    monkeypatch.setattr(policy_module, "START_PATIENCE_S", 1.0)
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.arms.lease.acquire(time.monotonic() + 60)
+    success, message = scene.call("/policy/start")
+    assert not success and "another commander holds the lease" in message
+    assert not scene.arms.messages
+
+
+def test_an_abandoned_lease_is_waited_for(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.arms.lease.acquire(time.monotonic() - scene.arms.lease.timeout_s + 1.0)
+    scene.running()
+
+
+# --- Losing things
+
+
+def test_a_dropped_camera_ends_the_requests_and_its_return_goes_on_by_itself(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running(chunks=2)
+    scene.pictures.on = False
+    scene.until("WAITING", "camera lost")
+    count = len(scene.arms.chunks)
+    time.sleep(0.5)
+    assert len(scene.arms.chunks) == count and scene.arms.let_go == 0, "the last chunk runs to its end"
+    scene.pictures.on = True
+    scene.until("RUNNING")
+    wait_for(lambda: len(scene.arms.chunks) >= count + 2, 5, "chunks again")
+
+
+def test_a_camera_lost_for_longer_than_the_lease_lives_goes_on_with_a_new_lease(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.arms.lease.timeout_s = 0.3
+    scene.running(chunks=2)
+    scene.pictures.on = False
+    scene.until("WAITING", "camera lost")
+    first = scene.arms.lease.holder
+    scene.arms.lease.release()
+    scene.pictures.on = True
+    scene.until("RUNNING")
+    count = len(scene.arms.chunks)
+    wait_for(lambda: len(scene.arms.chunks) >= count + 2, 5, "chunks again")
+    assert scene.arms.lease.holder not in ("", first)
+
+
+@pytest.mark.parametrize("footage", ["made", "recorded"])
+def test_frozen_footage_from_the_camera_node_is_a_lost_camera(scene, footage, tmp_path):
+    if footage == "recorded" and not FOOTAGE.is_dir():
+        pytest.skip("no recorded robot footage on this machine")
+    scene.serve()
+    if footage == "made":
+        moving = grey([*range(0, 250, 5)])
+    else:
+        import av
+
+        with av.open(str(next(FOOTAGE.rglob("*.mp4")))) as container:
+            frames = itertools.islice(container.decode(video=0), 50)
+            moving = [frame.to_ndarray(format="rgb24")[::4, ::4] for frame in frames]
+    path = encode(tmp_path / "film.mp4", [*moving, *[moving[-1]] * 45], rate=20)
+    size = moving[0].shape
+    camera = {"source": "file", "path": str(path), "width": size[1], "height": size[0], "rate_hz": 20.0}
+    robot = write_robot(tmp_path, camera=camera, policy={"task": "stack", "server": scene.address})
+    argv = [sys.executable, "-m", "vipra_ros.nodes.camera", "--ros-args", "-p", f"robot:={robot}"]
+    scene.graph.spin(
+        PolicyNode(context=scene.graph.context, parameter_overrides=[Parameter("robot", value=robot)])
+    )
+    node = Child("camera", argv, tmp_path / "camera.log", scene.graph.env())
+    try:
+        scene.running()
+        scene.until("WAITING", "camera lost", 30.0)
+        assert wait_for(lambda: node.find("frozen: the same picture"), 5, "the camera's reason", [node], node)
+        scene.until("RUNNING")
+    finally:
+        node.stop()
+
+
+def test_a_killed_server_ends_the_requests_and_its_return_goes_on_by_itself(scene):
+    server = scene.serve(delay_s=0.1)
+    scene.film()
+    scene.start_node()
+    scene.running(chunks=2)
+    server.signal(signal.SIGKILL)
+    scene.until("WAITING", "no policy server")
+    count = len(scene.arms.chunks)
+    assert scene.arms.let_go == 0
+    server.stop()
+    scene.serve()
+    scene.until("RUNNING")
+    wait_for(lambda: len(scene.arms.chunks) >= count + 2, 5, "chunks again")
+
+
+def test_a_server_that_comes_back_with_another_robot_stops_the_policy(scene):
+    server = scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running()
+    server.stop()
+    scene.serve(robot="franka_single")
+    scene.until("STOPPED", "does not fit this robot")
+    wait_for(lambda: scene.arms.let_go == 1, 5, "letting go")
+
+
+def test_after_an_arm_fault_only_recover_and_start_go_on(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running(chunks=2)
+    scene.arms.fail("right: reflex, joint 4")
+    scene.until("STOPPED", "right: reflex, joint 4")
+    count = len(scene.arms.messages)
+    success, message = scene.call("/policy/stop")
+    assert success and "right: reflex, joint 4" in message and scene.value("state") == "STOPPED"
+    success, message = scene.call("/policy/start")
+    assert not success and "recover" in message
+    scene.arms.recover()
+    time.sleep(0.5)
+    assert len(scene.arms.messages) == count, "not before ~/start"
+    scene.running(chunks=2)
+    assert scene.arms.messages[-1].header.frame_id.split(":")[1] == "1"
+
+
+def test_silent_arms_stop_the_policy(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.running()
+    scene.graph.drop(scene.arms)
+    scene.until("STOPPED", "fallen silent")
+
+
+# --- Chunks that must not run
+
+
+@pytest.mark.parametrize(
+    ("task", "words"), [("nan", "non_finite"), ("fast", "unsafe"), ("jump", "unsafe")], ids=lambda v: v
+)
+def test_a_chunk_with_nan_or_beyond_the_limits_never_reaches_the_topic(scene, task, words):
+    scene.serve()
+    scene.film()
+    scene.start_node(task=task)
+    assert scene.call("/policy/start")[0]
+    scene.until("STOPPED", words)
+    assert scene.arms.let_go == 1 and not scene.arms.chunks
+    assert all(not message.points for message in scene.arms.messages)
+    outcomes = [line["outcome"] for line in scene.log()]
+    assert len(outcomes) >= 5 and set(outcomes) <= {"refused", "non_finite", "cancelled"}
+
+
+def test_a_stray_chunk_is_dropped_and_the_motion_goes_on(scene):
+    scene.serve()
+    scene.film()
+    scene.start_node(task="stray")
+    assert scene.call("/policy/start")[0]
+    wait_for(lambda: len(scene.arms.chunks) >= 8, 15, "8 chunks")
+    assert scene.value("state") == "RUNNING" and scene.arms.let_go == 0
+    refused = [line["message"] for line in scene.log() if line["outcome"] == "refused"]
+    assert refused and all(message.startswith("jump: ") for message in refused)
+    starts = np.array([chunk.joints[0] for _, chunk in scene.arms.chunks])
+    assert np.ptp(starts, axis=0).max() < 0.1
+
+
+@pytest.mark.parametrize(("code", "chunks"), [("expired", 5), ("start", 1)])
+def test_refusals_by_the_arms_are_retried_only_where_that_can_help(scene, code, chunks):
+    scene.serve()
+    scene.film()
+    scene.start_node()
+    scene.arms.refuse = (code, "because")
+    assert scene.call("/policy/start")[0]
+    scene.until("STOPPED", f"{code}: because")
+    assert int(scene.value("refused")) == chunks
+    wait_for(lambda: scene.arms.let_go == 1, 5, "letting go")
+
+
+# --- The process
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_the_process_lets_the_arms_go_when_it_is_interrupted(scene, sig):
+    scene.serve()
+    scene.film()
+    argv = [sys.executable, "-m", "vipra_ros.nodes.policy", "--ros-args", "-p", f"robot:={scene.robot()}"]
+    node = Child("policy", argv, scene.folder / "policy.log", scene.graph.env())
+    try:
+        scene.running(chunks=2)
+        os.kill(node.pid, sig)
+        wait_for(lambda: node.returncode() is not None, 10, "the end")
+        assert node.returncode() == 0 and "Traceback" not in node.tail(100)
+        wait_for(lambda: scene.arms.let_go == 1, 5, "letting go")
+    finally:
+        node.stop()
+
+
+def test_a_wrong_setting_ends_the_process_with_one_line(scene):
+    argv = [sys.executable, "-m", "vipra_ros.nodes.policy", "--ros-args", "-p", f"robot:={scene.robot()}"]
+    wrong = [*argv, "-p", "policy.action_rate_hz:=30.0"]
+    node = Child("policy", wrong, scene.folder / "policy.log", scene.graph.env())
+    try:
+        wait_for(lambda: node.returncode() is not None, 20, "the end")
+        assert node.returncode() == 2
+        text = (
+            "policy: parameter policy.action_rate_hz: Input should be less than or equal to 22 (got '30.0')"
+        )
+        assert node.tail() == text
+    finally:
+        node.stop()
+
+
+def test_the_embodiment_and_the_robot_must_have_the_same_arms():
+    assert dimensions_by_arm(load(Embodiment, "franka_single"), ("right",)) == {"right": list(range(8))}
+    rows = dimensions_by_arm(load(Embodiment, "franka_bimanual"), ("right", "left"))
+    assert list(rows) == ["left", "right"] and rows["right"][0] == 8
+    with pytest.raises(ConfigError, match="franka_single is for right; the robot has left, right"):
+        dimensions_by_arm(load(Embodiment, "franka_single"), ("left", "right"))
+
+
+# --- Picking pictures
+
+
+def picture(value: int) -> np.ndarray:
+    return np.full((2, 2, 3), value, np.uint8)
+
+
+def test_history_picks_by_capture_stamp_not_by_count():
+    history = FrameHistory(0.1)
+    for number, stamp in enumerate((0.0, 0.02, 0.09, 0.1, 0.2)):
+        history.add(picture(number), stamp)
+    before, newest, t_obs = history.pair()
+    assert (before[0, 0, 0], newest[0, 0, 0], t_obs) == (3, 4, 0.2)
+
+
+def test_history_refuses_pairs_that_lie_too_close_or_too_far_apart():
+    history = FrameHistory(0.1)
+    assert history.pair() is None
+    history.add(picture(0), 0.0)
+    assert history.pair() is None
+    history.add(picture(1), 0.04)
+    assert history.pair() is None
+    history.add(picture(2), 0.07)
+    assert history.pair()[2] == 0.07
+    history.add(picture(3), 1.0)
+    assert history.pair() is None
+
+
+def test_history_ignores_pictures_that_come_late_and_forgets_old_ones():
+    history = FrameHistory(0.1)
+    for number in range(100):
+        history.add(picture(number), 0.01 * number)
+    history.add(picture(200), 0.5)
+    before, newest, _ = history.pair()
+    assert (before[0, 0, 0], newest[0, 0, 0]) == (89, 99)
+    assert len(history._frames) < 30
