@@ -2,7 +2,7 @@
 # make test    the test suite
 # make lint    format and style          make colcon    build as a ROS 2 package into build/ and install/
 PYTHON ?= python3
-EXTRAS ?= robot,server,sim,test
+EXTRAS ?= robot,server,sim,train,test
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

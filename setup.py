@@ -54,8 +54,14 @@ EXTRAS = {
         "mujoco>=4.0",
     ],
     "train": [
-        "h5py>=3.12",
+        "h5py>=3.16",
+        "lpips>=0.1.4",
+        "pandas>=3.0",
+        "peft>=0.21",
+        "pyarrow>=26.0",
         "safetensors>=0.8",
+        "scikit-learn>=1.9",
+        "tensorboard>=2.21",
         "tokenizers>=0.23",
         "torch>=2.15",
         "torchvision>=0.29",
@@ -102,7 +108,15 @@ setup(
     packages=find_packages(
         include=[
             f"{name}{suffix}"
-            for name in ("config", "models", "policy_server", "simulation", "training", "vipra_ros")
+            for name in (
+                "config",
+                "episodes",
+                "models",
+                "policy_server",
+                "simulation",
+                "training",
+                "vipra_ros",
+            )
             for suffix in ("", ".*")
         ]
     ),

@@ -26,6 +26,54 @@ def serve(context: typer.Context):
     raise typer.Exit(run(context.args))
 
 
+@app.command(context_settings=_FORWARD)
+def convert(context: typer.Context):
+    """Turn released weights into our checkpoint folders (vipra convert --help names the files)."""
+    from models.convert.cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def imagine(context: typer.Context):
+    """Let a pretrained checkpoint predict the frame 14 steps ahead, beside the real one."""
+    from models.imagine import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def data(context: typer.Context):
+    """Check and preview datasets: vipra data check|preview."""
+    from training.data.cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def train(context: typer.Context):
+    """Train a stage: vipra train tokenizer|latent|pretrain|finetune."""
+    from training.cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def label(context: typer.Context):
+    """Label videos with latent actions and image tokens for pretraining."""
+    from training.label import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def runs(context: typer.Context):
+    """List and compare training runs."""
+    from training.runs import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 @app.command()
 def up(
     kind: Annotated[Literal["bimanual", "single"], typer.Argument(help="two arms or one")],
@@ -207,7 +255,7 @@ def main() -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether the message says all there is to say, as in our own errors; others deserve a traceback."""
-    ours = ("config", "models", "policy_server", "simulation", "vipra_ros")
+    ours = ("config", "episodes", "models", "policy_server", "simulation", "training", "vipra_ros")
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ours
 
 
