@@ -120,7 +120,8 @@ class ModelConfig:
     )
     horizon: int = 14  # H
     action_dim: int = 8  # D
-    action_heads: str = "flow"  # none: a pretrained checkpoint that cannot act yet
+    action_heads: str = "flow"  # flow (ViPRA-FM) | ar (ViPRA-AR) | none: pretrained, cannot act yet
+    action_vocab: int = 0  # ar: largest bin count of a dimension, and the id that ends an action
     activation: str = "silu"  # of E_gamma: silu (official) | gelu (paper table 5)
     dropout: float = 0.0  # official 0, paper 0.1
     time_embedding: str = "periods"  # official: freq 1e4^(-i/(n-1)) | periods: 4e-3 to 4, resolved in [0, 1]
@@ -133,7 +134,7 @@ class ModelConfig:
             object.__setattr__(self, "vqgan", _from_dict(VQGANConfig, self.vqgan, "vqgan"))
         _check_types(self)
         for field in dataclasses.fields(self):
-            if field.type is int:
+            if field.type is int and field.name != "action_vocab":
                 value = getattr(self, field.name)
                 _require(value > 0, f"{field.name}: {value} must be positive")
         _require(
@@ -155,12 +156,19 @@ class ModelConfig:
         )
         _choice("rope_precision", self.rope_precision, ("fp32", "bf16"))
         _choice("latent_head", self.latent_head, ("linear", "mlp"))
-        _choice("action_heads", self.action_heads, ("flow", "none"))
+        _choice("action_heads", self.action_heads, ("flow", "ar", "none"))
         _choice("activation", self.activation, ("silu", "gelu"))
         _choice("time_embedding", self.time_embedding, ("official", "periods"))
         _choice("chunk_attention", self.chunk_attention, ("causal", "bidirectional"))
         _choice("objective", self.objective, ("corrected", "paper_literal"))
         _choice("representation", self.representation, ("absolute", "relative"))
+        if self.action_heads == "ar":
+            _require(self.action_vocab >= 2, "action_heads: ar needs an action_vocab of at least 2")
+            _require(
+                self.representation == "absolute", "action_heads: ar bins raw actions, not relative ones"
+            )
+        else:
+            _require(self.action_vocab == 0, f"action_vocab: {self.action_vocab} needs action_heads ar")
 
     @property
     def head_dim(self) -> int:
@@ -184,6 +192,16 @@ class ModelConfig:
     def end_of_vision(self) -> int:
         return self.vqgan.codebook_size + 1
 
+    @property
+    def end_of_step(self) -> int:
+        """Closes a step's latent codes."""
+        return self.latent_codes
+
+    @property
+    def end_of_action(self) -> int:
+        """Closes the codes of one discrete action."""
+        return self.action_vocab - 1
+
     def with_embodiment(self, action_dim: int, horizon: int, **choices) -> "ModelConfig":
         """The same network for a robot with D = `action_dim` and H = `horizon`; `choices` replace further
         fields.
@@ -198,8 +216,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: object) -> "ModelConfig":
-        """Strict: every field present, none unknown. Raises ModelConfigError."""
-        return _from_dict(cls, data, "model")
+        """Strict: every field present, none unknown; only `action_vocab` may be absent (older folders).
+
+        Raises ModelConfigError.
+        """
+        return _from_dict(cls, {"action_vocab": 0} | data if isinstance(data, dict) else data, "model")
 
 
 SIZES = {
