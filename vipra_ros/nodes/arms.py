@@ -119,15 +119,14 @@ class ArmsNode(Node):
         self._ticks = 0
 
     def bring_up(self) -> None:
-        """Connect, hold every arm, then open the topics and services. Raises ArmFault, StateError."""
+        """Connect, open the topics and services, hold every arm. Raises ArmFault, StateError.
+
+        The reference loop starts last: loading message libraries keeps the interpreter to itself for long
+        enough to make a dead-man fire. Nothing is answered before the node spins.
+        """
         for arm in self._arms.values():
             arm.connect(CONNECT_S)
-        # A full collection takes tens of milliseconds and holds the interpreter: never while the loop runs.
-        gc.collect()
-        gc.freeze()
-        gc.disable()
         core = self._executor_core
-        core.start()
         steady = RosClock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(1.0 / self._joint_rate_hz, self._publish, clock=steady)
         self.create_timer(1.0, self._diagnose, clock=steady)
@@ -143,6 +142,11 @@ class ArmsNode(Node):
         self.create_service(Trigger, "~/stop", lambda _, r: _answer(r, self._stop))
         self.create_service(Trigger, "~/home", lambda _, r: _answer(r, core.home))
         self.create_service(Trigger, "~/recover", self._recover)
+        # A full collection takes tens of milliseconds and holds the interpreter: never while the loop runs.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        core.start()
         self.get_logger().info(f"holding {', '.join(self._names)}")
 
     def close(self) -> bool:
