@@ -18,7 +18,7 @@ from simulation.control import SimulationControl, SimulationError
 from simulation.state import SharedState, StateError
 from vipra_ros import bringup
 from vipra_ros.live import View, rows
-from vipra_ros.monitor import Monitor
+from vipra_ros.monitor import CallFailed, Monitor
 from vipra_ros.process import Child, ProcessError, Slot, reserve_slot, signals_raise, wait_for
 from vipra_ros.report import page, plots, summary
 from vipra_ros.report.logs import ArmsLog, LogError, read_requests
@@ -29,6 +29,8 @@ ROBOT = "sim_bimanual"
 # Appended chunks start where the last one ends, which only actions relative to the state can do.
 SHIPPED = {"observation": "vipra_tiny_bimanual", "append": "vipra_tiny_bimanual_relative"}
 ENDED = ("FAULT", "STOPPED")  # states of the arms that nothing but a recovery leaves
+STALLS = ("clock", "deadman", "frozen", "stall")  # faults of a machine that was too busy, not of the robot
+RECOVERIES = 3  # as often does the demo do what an operator would: recover, start
 SLOWEST = 4.0  # wall seconds a second of control may take before the demo gives up
 
 
@@ -52,6 +54,7 @@ class Session:
     ended_s: float = 0.0
     real_time_factor: float = 0.0
     frames_per_second: float = 0.0
+    recoveries: tuple[str, ...] = ()  # why, each time
     arms: dict[str, str] | None = None  # last status values of the arms node
     policy: dict[str, str] | None = None
 
@@ -124,6 +127,8 @@ def _drive(
         stack.callback(state.close)
         control.record_start(max_duration_s=settings.duration_s + 60.0)
         monitor.watch_images(lambda message: video.add(*_picture(message)))
+        if _stalled(monitor):
+            _recover(monitor, children)
         view.say(monitor.call("/policy/start", 20.0))
         session, problem = _watch(settings, monitor, children, state.time, view)
         with contextlib.suppress(ProcessError):
@@ -140,15 +145,26 @@ def _watch(
     settings: Settings, monitor: Monitor, children: list[Child], now: Callable[[], float], view: View
 ) -> tuple[Session, str | None]:
     """Show the state until the duration is over, or something ends the run; second result: what."""
-    wait_for(lambda: _state(monitor) in ("RUNNING", *ENDED), 60.0, "arms running", children)
+
+    def arms_running() -> None:
+        wait_for(lambda: _state(monitor) in ("RUNNING", *ENDED), 60.0, "arms running", children)
+
+    arms_running()
     session, wall = Session(started_s=now()), time.monotonic()
     problem = None
     while problem is None and now() - session.started_s < settings.duration_s:
         time.sleep(0.2)
         left = settings.duration_s - (now() - session.started_s)
         view.show({**rows(monitor), "time left": f"{max(left, 0):.0f} s"})
-        if _state(monitor) in ENDED:
-            problem = f"the arms stopped: {monitor.status('arms').message}"
+        arms = monitor.status("arms")
+        if _stalled(monitor) and len(session.recoveries) < RECOVERIES:
+            session.recoveries += (arms.message,)
+            view.say(f"{arms.message}: this machine is too busy; recovering")
+            _recover(monitor, children)
+            view.say(monitor.call("/policy/start", 20.0))
+            arms_running()
+        elif arms.values["state"] in ENDED:
+            problem = f"the arms stopped: {arms.message}"
         elif _state(monitor, "policy") == "STOPPED":
             problem = f"the policy stopped: {monitor.status('policy').message}"
         elif time.monotonic() - wall > SLOWEST * settings.duration_s + 30:
@@ -160,6 +176,22 @@ def _watch(
     session.ended_s = now()
     session.real_time_factor = (session.ended_s - session.started_s) / (time.monotonic() - wall)
     return session, problem
+
+
+def _stalled(monitor: Monitor) -> bool:
+    arms = monitor.status("arms").values
+    return arms["state"] == "FAULT" and arms["code"] in STALLS
+
+
+def _recover(monitor: Monitor, children: list[Child]) -> None:
+    """As an operator would, once the arms rest. Raises ProcessError when they do not recover."""
+
+    def recovered() -> bool:
+        with contextlib.suppress(CallFailed):
+            return bool(monitor.call("/arms/recover", 30.0))
+        return False
+
+    wait_for(recovered, 20.0, "arms recovered", children, poll_s=0.3)
 
 
 def _state(monitor: Monitor, node: str = "arms") -> str | None:
@@ -197,7 +229,7 @@ def _report(
         frames_per_second=session.frames_per_second,
     )
     problem = problem or summary.failure(
-        report, log, settings.duration_s, graph.robot.control.reference_rate_hz
+        report, log, settings.duration_s, graph.robot.control.reference_rate_hz, bool(session.recoveries)
     )
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     drawn = []
@@ -249,6 +281,12 @@ def notes(settings: Settings, graph: bringup.Graph, session: Session) -> list[st
         )
     if settings.mode == "asynchronous" and settings.anchor == "append":
         text.append("anchor append: open loop within a chunk; each chunk starts where the last one ends.")
+    if session.recoveries:
+        why = "; ".join(session.recoveries)
+        text.append(
+            f"This machine stalled and the arms stopped {len(session.recoveries)} times, rightly ({why}); "
+        )
+        text[-1] += "the demo recovered them and went on."
     if settings.inject_latency_ms:
         text.append(f"{settings.inject_latency_ms:g} ms were added to every inference.")
     return text

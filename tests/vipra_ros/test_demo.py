@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import pytest
 
+from simulation.control import SimulationControl
 from vipra_ros.process import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,23 @@ def test_interrupt_stops_everything(demo):
     assert run.process.wait(40) == 130, run.said()
     assert "no report" in run.said()
     wait_for(lambda: not run.left(), 10, "all processes gone")
+
+
+def test_a_stall_is_recovered_and_reported(demo):
+    run = demo("--duration", "6", "--rate", "10")
+    wait_for(lambda: "time left" in run.said() or run.process.poll() is not None, 120, "demo running")
+    assert run.process.poll() is None, run.said()
+    (simulator,) = (command for _, command in run.left() if "simulation.server" in command)
+    words = simulator.split("\0")
+    control = SimulationControl(words[words.index("--name") + 1])
+    control.fault("left", "freeze_state")
+    wait_for(lambda: "too busy" in run.said(), 20, "the demo noticing")
+    control.clear_fault("left")
+    control.close()
+    assert run.process.wait(200) == 0, run.said()
+    report = json.loads((run.out / "report.json").read_text())
+    assert any("no new state" in fault["reason"] for fault in report["faults"])
+    assert "no new state" in (run.out / "report.html").read_text()
 
 
 def test_lost_process_is_the_reason_given(demo):

@@ -64,10 +64,15 @@ def summarise(
     }
 
 
-def failure(report: Mapping, log: ArmsLog, duration_s: float, reference_rate_hz: float) -> str | None:
-    """Why a run of `duration_s` does not count as one that worked, in one line; None when it does."""
+def failure(
+    report: Mapping, log: ArmsLog, duration_s: float, reference_rate_hz: float, recovered: bool = False
+) -> str | None:
+    """Why a run of `duration_s` does not count as one that worked, in one line; None when it does.
+
+    `recovered`: its faults were dealt with while it ran.
+    """
     expected = duration_s * reference_rate_hz
-    if report["faults"]:
+    if report["faults"] and not recovered:
         return f"fault: {report['faults'][0]['reason']}"
     if report["control_ticks"] < 0.8 * expected:
         return f"only {report['control_ticks']} of {expected:.0f} control ticks"
