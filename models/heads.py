@@ -1,4 +1,6 @@
-"""What ViPRA adds to the video-language model: latent-action table and head, noisy-action encoder, flow head.
+"""What ViPRA adds to the video-language model: tables and heads for latent actions and for actions.
+
+Actions are continuous (ViPRA-FM: noisy-action encoder, flow head) or discrete (ViPRA-AR: table, head).
 
 Paper appendices C and D; where released weights differ from the paper, `ModelConfig` says which is meant.
 """
@@ -71,3 +73,13 @@ def latent_embedding(config: ModelConfig) -> nn.Embedding:
 def flow_head(config: ModelConfig) -> nn.Linear:
     """H_eta: hidden state at an action position -> that action's flow (read unshifted)."""
     return nn.Linear(config.hidden, config.action_dim)
+
+
+def action_embedding(config: ModelConfig) -> nn.Embedding:
+    """Table of a discrete action's codes, shared by all dimensions, and the id that ends an action."""
+    return nn.Embedding(config.action_vocab, config.hidden)
+
+
+def action_code_head(config: ModelConfig) -> nn.Linear:
+    """Hidden state -> logits over the next code of a discrete action, or its end."""
+    return nn.Linear(config.hidden, config.action_vocab, bias=False)

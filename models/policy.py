@@ -15,14 +15,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models import sequence
 from models.backbone import Backbone, KVCache, rope
 from models.config import ModelConfig
 from models.flow import flow_loss, integrate, sample_target, schedule
-from models.heads import ActionEncoder, LatentHead, flow_head, latent_embedding
-from models.sequence import Layout
+from models.heads import (
+    ActionEncoder,
+    LatentHead,
+    action_code_head,
+    action_embedding,
+    flow_head,
+    latent_embedding,
+)
+from models.sequence import Layout, Segment, Stage2
 
+STAGE2_WEIGHTS = {"vision": 0.48, "latent": 0.48, "text": 0.02}  # official; the paper has no text term
 Ids = Sequence[int] | Tensor  # token ids; a tensor on the model's device saves the copy
 
 
@@ -53,7 +62,7 @@ class Prefix:
 
 
 class Policy(nn.Module):
-    """Backbone and heads. `serving=True` leaves out tables and heads that continuous actions do not use."""
+    """Backbone and heads. `serving=True` leaves out tables and heads that actions do not use."""
 
     def __init__(self, config: ModelConfig, serving: bool = False):
         super().__init__()
@@ -61,9 +70,11 @@ class Policy(nn.Module):
         self.backbone = Backbone(config, token_heads=not serving)
         self.latent_embedding = None if serving else latent_embedding(config)
         self.latent_head = None if serving else LatentHead(config)
-        flow = config.action_heads == "flow"
+        flow, discrete = config.action_heads == "flow", config.action_heads == "ar"
         self.action_encoder = ActionEncoder(config) if flow else None
         self.action_head = flow_head(config) if flow else None
+        self.action_embedding = action_embedding(config) if discrete else None
+        self.action_code_head = action_code_head(config) if discrete else None
 
     @property
     def device(self) -> torch.device:
@@ -215,3 +226,103 @@ class Policy(nn.Module):
         return integrate(
             lambda u, s: self.step(prefix, u, s), noise, steps, sampler, self.config.objective, first=first
         )
+
+    # tokens: pretraining (stage 2) and discrete actions (ViPRA-AR)
+
+    def table(self, kind: str) -> nn.Embedding:
+        """What embeds the ids of a `sequence.Segment`'s kind."""
+        backbone = self.backbone
+        return {
+            "text": backbone.text_embedding,
+            "vision": backbone.vision_embedding,
+            "latent": self.latent_embedding,
+            "action": self.action_embedding,
+        }[kind]
+
+    def token_head(self, kind: str) -> nn.Module:
+        """What turns a hidden state into logits over the ids of a kind."""
+        backbone = self.backbone
+        return {
+            "text": backbone.text_head,
+            "vision": backbone.vision_head,
+            "latent": self.latent_head,
+            "action": self.action_code_head,
+        }[kind]
+
+    def token_logits(self, texts: list[list[int]], segments: list[Segment]) -> list[Tensor | None]:
+        """For each segment the logits [B, n, ids] of its tokens, each from all tokens before it.
+
+        Teacher forcing; None for a segment that is given. texts: ids up to `<vision>`.
+        """
+        widths = [segment.ids.shape[1] for segment in segments]
+        layout = sequence.token_layout(max(map(len, texts)), sum(widths))
+        ids, lengths = sequence.pad_left(texts, layout.text_slots, segments[0].ids.device)
+        embedded = [self.table(segment.kind)(segment.ids) for segment in segments]
+        hidden = self.backbone(
+            torch.cat([self.backbone.text_embedding(ids), *embedded], 1),
+            rope(self.config, sequence.positions(lengths, layout)),
+            sequence.attention_mask(lengths, layout),
+        )
+        before = hidden[:, layout.text_slots - 1 : -1].split(widths, 1)
+        return [
+            None if segment.counts is None else self.token_head(segment.kind)(h)
+            for segment, h in zip(segments, before, strict=True)
+        ]
+
+    def token_losses(self, texts: list[list[int]], segments: list[Segment]) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy of each predicted kind: {kind: .., kind_accuracy: ..}, scalars.
+
+        A sample's mean over its tokens that count, then the mean over samples, so that a batch may be split.
+        """
+        sums: dict[str, Tensor] = {}
+        for segment, logits in zip(segments, self.token_logits(texts, segments), strict=True):
+            if logits is None:
+                continue
+            error = F.cross_entropy(logits.float().transpose(1, 2), segment.ids, reduction="none")
+            right = logits.argmax(-1) == segment.ids
+            part = torch.stack([error, right.float(), torch.ones_like(error)]) * segment.counts
+            sums[segment.kind] = sums.get(segment.kind, 0) + part.sum(-1)
+        means = {kind: (part[:2] / part[2].clamp(min=1)).mean(1) for kind, part in sums.items()}
+        return {kind: error for kind, (error, _) in means.items()} | {
+            f"{kind}_accuracy": right for kind, (_, right) in means.items()
+        }
+
+    def pretrain_loss(
+        self,
+        texts: list[list[int]],
+        frames: Tensor,
+        latents: Tensor,
+        choice: Stage2,
+        valid: Tensor | None = None,
+        weights: dict[str, float] = STAGE2_WEIGHTS,
+    ) -> dict[str, Tensor]:
+        """Stage 2: predict o_{t+H} and the latent actions (paper section 4.2, equation 3).
+
+        frames: codes of o_{t-1}, o_t, o_{t+H} [B, 3, N]; latents [B, H, 16]; valid [B, H] marks latent
+        actions that count. Returns scalars: `loss`, and of each kind (vision, latent, text) cross-entropy and
+        accuracy.
+        """
+        parts = self.token_losses(
+            texts, sequence.stage2_segments(self.config, choice, frames, latents, valid)
+        )
+        return {
+            "loss": sum(weight * parts[kind] for kind, weight in weights.items() if kind in parts)
+        } | parts
+
+    def ar_loss(
+        self,
+        texts: list[list[int]],
+        codes: Tensor,
+        actions: Tensor,
+        bridge: Ids,
+        valid: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """ViPRA-AR, stage 3: cross-entropy of action codes [B, H, D] and their ends (`ActionBins.encode`).
+
+        codes [B, 2, N]; valid [B, H] marks actions that count. Returns scalars: `loss`, `action`,
+        `action_accuracy`.
+        """
+        bridge = torch.as_tensor(bridge, device=codes.device)
+        segments = sequence.action_segments(self.config, codes, bridge, actions, valid)
+        parts = self.token_losses(texts, segments)
+        return {"loss": parts["action"]} | parts

@@ -1,9 +1,14 @@
-"""How text, frames and actions become one sequence: prompt, token layout, positions, masks.
+"""How text, frames and actions become one sequence: prompt, token layout, positions, masks, labels.
 
 Stage 3 and serving (ViPRA-FM), one row a sample; text is left-padded to a fixed number of slots:
 
     | pad .. text, "<vision>" | o_{t-1} codes, eof | o_t codes, eov | "</vision> <action>" | H actions |
     0                         text_slots           ...                                     first_action
+
+ViPRA-AR has H x (D codes, end of action) instead of the H actions. Stage 2 has, after the same text,
+
+    | o_{t-1} codes, eof | o_t codes, eof | o_{t+H} codes, eov | "</vision> <dynamics>"
+    | H x (16 latent codes, end of step) | "</dynamics>", EOS |
 
 Positions count real tokens only, and padding is masked, so it never changes a result. Training appends
 `</action>` and EOS after the actions upstream; nothing is read there and the actions cannot see it, so it is
@@ -52,6 +57,11 @@ class Layout:
         return self.first_action + self.horizon
 
 
+def token_layout(text_slots: int, tokens: int) -> Layout:
+    """A causal sequence with `tokens` ids after its text: stage 2, ViPRA-AR."""
+    return Layout(text_slots, tokens, 0, 0)
+
+
 def pad_left(texts: list[list[int]], slots: int, device="cpu") -> tuple[Tensor, Tensor]:
     """Token lists -> ids [B, slots] int64 with zeros in front, real lengths [B]. Raises ValueError if one is
     longer.
@@ -63,16 +73,106 @@ def pad_left(texts: list[list[int]], slots: int, device="cpu") -> tuple[Tensor, 
     return ids.to(device), torch.tensor([len(text) for text in texts]).to(device)
 
 
-def vision_ids(config: ModelConfig, codes: Tensor) -> Tensor:
-    """VQGAN codes of o_{t-1}, o_t [B, 2, N] -> ids [B, 2 (N + 1)] with end-of-frame and end-of-vision."""
-    ends = torch.stack(
-        [
-            torch.full_like(codes[:, 0, 0], config.end_of_frame),
-            torch.full_like(codes[:, 0, 0], config.end_of_vision),
-        ],
-        1,
+def vision_ids(config: ModelConfig, codes: Tensor, more: bool = False) -> Tensor:
+    """VQGAN codes of o_{t-1}, o_t [B, 2, N] -> ids [B, 2 (N + 1)] with end-of-frame and end-of-vision.
+
+    more: a predicted frame follows, so o_t closes with end-of-frame too.
+    """
+    ends = torch.full_like(codes[:, :, :1], config.end_of_frame)
+    if not more:
+        ends[:, -1] = config.end_of_vision
+    return torch.cat([codes, ends], 2).flatten(1)
+
+
+def close_each(codes: Tensor, end: int) -> Tensor:
+    """Groups of codes [B, groups, n] -> ids [B, groups (n + 1)], `end` after each group."""
+    return torch.cat([codes, torch.full_like(codes[:, :, :1], end)], 2).flatten(1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of one kind at the same place in every row."""
+
+    kind: str  # text | vision | latent | action: whose table embeds them and whose head predicts them
+    ids: Tensor  # [B, n] int64
+    counts: Tensor | None = None  # [B, n] bool, which of them are in the loss; None: all are given
+
+
+def _given(kind: str, ids: Tensor) -> Segment:
+    return Segment(kind, ids)
+
+
+def _predicted(kind: str, ids: Tensor, valid: Tensor | None = None) -> Segment:
+    """`valid` [B, groups]: a group of a row whose tokens do not count is False."""
+    if valid is None:
+        return Segment(kind, ids, torch.ones_like(ids, dtype=torch.bool))
+    return Segment(kind, ids, valid.repeat_interleave(ids.shape[1] // valid.shape[1], 1))
+
+
+@dataclass(frozen=True)
+class Stage2:
+    """What pretraining predicts, and the text between its parts (paper section 4.2, variants in table 2)."""
+
+    future: bool  # the frame o_{t+H}
+    steps: int  # latent actions
+    bridge: tuple[int, ...]  # text after the frames
+    closing: tuple[int, ...]
+
+
+STAGE2_VARIANTS = ("full", "ac", "sp2", "la")
+
+
+def stage2(tokenizer: Tokenizer, config: ModelConfig, variant: str = "full") -> Stage2:
+    """full: future frame and H latent actions; ac: one latent action; sp2: no frame; la: only the frame.
+
+    Raises ValueError for another name.
+    """
+    if variant not in STAGE2_VARIANTS:
+        raise ValueError(f"variant: {variant!r} is not one of {', '.join(STAGE2_VARIANTS)}")
+    steps = {"ac": 1, "la": 0}.get(variant, config.horizon)
+    bridge, closing = ("</vision> <dynamics>", "</dynamics>") if steps else ("</vision>", "")
+    return Stage2(
+        future=variant != "sp2",
+        steps=steps,
+        bridge=tuple(tokenizer.encode(bridge)),
+        closing=(*tokenizer.encode(closing), tokenizer.eos),
     )
-    return torch.cat([codes, ends[:, :, None]], 2).flatten(1)
+
+
+def stage2_segments(
+    config: ModelConfig, choice: Stage2, frames: Tensor, latents: Tensor, valid: Tensor | None = None
+) -> list[Segment]:
+    """A stage-2 sequence after its text, with its labels.
+
+    frames: codes of o_{t-1}, o_t, o_{t+H} [B, 3, N]; latents: z_t .. [B, H, 16]; valid [B, H]: latent actions
+    that count (a clip's repeat-padded end does not). Parts that `choice` leaves out are ignored.
+    """
+
+    def text(ids: tuple[int, ...]) -> Tensor:
+        return torch.tensor(ids, device=frames.device).expand(len(frames), -1)
+
+    segments = [_given("vision", vision_ids(config, frames[:, :2], more=choice.future))]
+    if choice.future:
+        segments.append(_predicted("vision", close_each(frames[:, 2:3], config.end_of_vision)))
+    segments.append(_predicted("text", text(choice.bridge)))
+    if choice.steps:
+        steps = slice(choice.steps)
+        ids = close_each(latents[:, steps], config.end_of_step)
+        segments.append(_predicted("latent", ids, None if valid is None else valid[:, steps]))
+    return [*segments, _predicted("text", text(choice.closing))]
+
+
+def action_segments(
+    config: ModelConfig, codes: Tensor, bridge: Tensor, actions: Tensor, valid: Tensor | None = None
+) -> list[Segment]:
+    """A ViPRA-AR sequence after its text: frames [B, 2, N], text ids between, action codes [B, H, D];
+    valid [B, H]: actions that count.
+    """
+    return [
+        _given("vision", vision_ids(config, codes)),
+        _given("text", bridge.expand(len(codes), -1)),
+        _predicted("action", close_each(actions, config.end_of_action), valid),
+    ]
 
 
 def positions(lengths: Tensor, layout: Layout, start: int = 0) -> Tensor:
