@@ -29,7 +29,7 @@ with open(sys.argv[1], "w", buffering=1) as log:
 
 
 class StallMeter:
-    """Runs until closed. `worst_s(since)`: the longest stall after `since` (CLOCK_MONOTONIC), s; 0 if none."""
+    """Runs until closed. `worst_s(since)`: longest stall after `since` (CLOCK_MONOTONIC), s; 0 if none."""
 
     def __init__(self):
         handle, name = tempfile.mkstemp(prefix="stalls")
