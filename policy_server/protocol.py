@@ -278,6 +278,8 @@ class Metadata(Message):
     image_size: tuple[int, int] = Field(description="h, w of both images, px")
     needs_state: bool = Field(description="infer must carry `state` (actions relative to it)")
     supports_prefix: bool = Field(False, description="infer may carry `prefix` and `delay_steps`")
+    supports_prefetch: bool = Field(False, description="an early `prefetch` of o_{t-1} saves time in infer")
+    device: str = Field("cpu", description="what computes, e.g. cpu or NVIDIA H200")
     limits: Limits
     max_batch: int = Field(1, ge=1)
     warm_latency_ms: float = Field(
@@ -338,7 +340,7 @@ class Stats(Message):
     queued: int = Field(description="requests waiting now")
     running: int = Field(description="requests in the policy now")
     counts: dict[str, int] = Field(
-        description="messages by type, replies by type or error code, dropped replies"
+        description="messages by type, replies by type or error code, dropped replies, prefetch hits"
     )
     batches: dict[str, int] = Field(description="inferences by batch size")
     latency_ms: dict[str, float] = Field(

@@ -30,6 +30,7 @@ class Result:
 
     actions: np.ndarray  # float32 [H, D]
     timing: dict[str, float] = field(default_factory=dict)  # encode, prefill, integrate, ms
+    prefetched: bool = False  # o_{t-1} was prepared by a `prefetch`
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Failure:
 
     code: ErrorCode
     message: str
+
+
+class DeviceFailed(RuntimeError):
+    """The device is lost to this process (a CUDA error): only a new process can compute again."""
 
 
 class Policy(Protocol):
@@ -53,11 +58,15 @@ class Policy(Protocol):
         """One result a request, in order; 1 <= len(requests) <= max_batch.
 
         An exception with a `code` of protocol.ERRORS is told to the client with its message; any other is
-        logged and answered `inference_failed`. After an exception each request of a batch is tried alone.
+        logged and answered `inference_failed`. After an exception each request of a batch is tried alone,
+        except after DeviceFailed: that ends the server.
         """
 
     def prefetch(self, task: str, image: np.ndarray) -> None:
-        """Prepare for `task` and o_{t-1} `image`, uint8 [h, w, 3]; may do nothing."""
+        """Prepare for `task` and o_{t-1} `image`, uint8 [h, w, 3]; may do nothing. Raises as `infer` does."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device by use (weights, cache, graphs), once it is warm; may be empty."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@
 """
 
 import sys
-import time
 
 import numpy as np
 
+from benchmarks.standin import StandIn
 from config.embodiment import Embodiment
 from config.loading import load
-from policy_server.protocol import Limits, Metadata
-from policy_server.scheduler import Request, Result
+from policy_server.scheduler import DeviceFailed, Request, Result
 from policy_server.server import serve, set_up_logging
 
 SIZE = (32, 48)
@@ -29,54 +28,41 @@ class Refusal(RuntimeError):
     code = "bad_task"
 
 
-class Echo:
+class Echo(StandIn):
     """Answers after `delay_s` with actions that tell the request apart: all equal to its seed.
 
     The task chooses misbehaviour: `explode` raises, `refuse` raises with a code, `nan` and `short` return
-    wrong actions.
+    wrong actions, `lost` loses the device.
     """
 
-    def __init__(
-        self, delay_s: float = 0.0, max_batch: int = 4, needs_state: bool = False, robot="franka_single"
-    ):
-        body = embodiment(robot)
-        limits = Limits(action_low=(-3.0,) * body.action_dim, action_high=(3.0,) * body.action_dim)
-        self.metadata = Metadata.describe(
-            body,
-            model="echo",
-            parameters=0,
-            checkpoint="none",
-            image_size=SIZE,
-            needs_state=needs_state,
-            limits=limits,
-        )
-        self.delay_s, self.max_batch = delay_s, max_batch
+    def __init__(self, delay_s: float = 0.0, max_batch: int = 4, robot="franka_single", **metadata):
+        super().__init__(robot, delay_s, SIZE, max_batch, model="echo", **metadata)
         self.batches: list[list[Request]] = []
         self.prefetched: list[tuple[str, np.ndarray]] = []
 
-    def warm_up(self) -> float:
-        return self.delay_s * 1e3
-
     def infer(self, requests: list[Request]) -> list[Result]:
         self.batches.append(requests)
-        time.sleep(self.delay_s)
-        if any(request.task == "explode" for request in requests):
+        tasks = {request.task for request in requests}
+        if "explode" in tasks:
             raise RuntimeError("secret path /root/weights")
-        if any(request.task == "refuse" for request in requests):
+        if "refuse" in tasks:
             raise Refusal("the prompt is 99 tokens")
-        return [self._result(request) for request in requests]
+        results = super().infer(requests)
+        if "lost" in tasks:  # half-way
+            raise DeviceFailed("CUDA error: an illegal memory access was encountered")
+        return results
 
     def prefetch(self, task: str, image: np.ndarray) -> None:
+        super().prefetch(task, image)
         self.prefetched.append((task, image))
+        if task == "lost":
+            raise DeviceFailed("CUDA error: unspecified launch failure")
 
-    def _result(self, request: Request) -> Result:
-        horizon, dim = self.metadata.horizon, self.metadata.action_dim
-        actions = np.full((horizon, dim), request.seed, np.float32)
+    def actions(self, request: Request) -> np.ndarray:
+        actions = super().actions(request) + np.float32(request.seed)
         if request.task == "nan":
             actions[3, 1] = np.nan
-        if request.task == "short":
-            actions = actions[:-1]
-        return Result(actions, {"encode": 1.0, "prefill": 2.0, "integrate": 3.0})
+        return actions[:-1] if request.task == "short" else actions
 
 
 if __name__ == "__main__":

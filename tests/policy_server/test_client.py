@@ -15,7 +15,7 @@ import zmq
 
 from policy_server import protocol
 from policy_server.client import Mismatch, PolicyClient, RequestFailed, ServerUnavailable, check
-from policy_server.server import Server
+from policy_server.router import Server
 from tests.policy_server.policies import SIZE, Echo, embodiment, frames
 
 
@@ -29,9 +29,9 @@ def address() -> str:
 class ServerProcess:
     """A policy server in a process of its own; killed at the end."""
 
-    def __init__(self, address: str, delay_s: float = 0.0, *more: str):
+    def __init__(self, address: str, delay_s: float = 0.0, *more: str, stderr=subprocess.DEVNULL):
         command = [sys.executable, "-m", "tests.policy_server.policies", address, str(delay_s), *more]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
     def __enter__(self) -> "ServerProcess":
         line = self.process.stdout.readline()
@@ -40,8 +40,7 @@ class ServerProcess:
 
     def __exit__(self, *_) -> None:
         self.process.kill()
-        self.process.wait(10)
-        self.process.stdout.close()
+        self.process.communicate(timeout=10)
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)

@@ -6,7 +6,7 @@ import pytest
 
 from policy_server import keys
 from policy_server.client import PolicyClient, ServerUnavailable
-from policy_server.server import ServeError, Server
+from policy_server.router import ServeError, Server
 from tests.policy_server.policies import Echo, embodiment, frames
 from tests.policy_server.test_client import ServerProcess
 

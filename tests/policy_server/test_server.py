@@ -15,7 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policy_server import images, protocol
-from policy_server.server import ServeError, Server, main, stays_here
+from policy_server.client import PolicyClient
+from policy_server.router import ServeError, Server, stays_here
+from policy_server.scheduler import DeviceFailed
+from policy_server.server import main
 from tests.policy_server.policies import SIZE, Echo
 from tests.policy_server.raw import Raw, infer, message
 
@@ -301,6 +304,80 @@ def test_prefetch_reaches_the_policy_before_the_request():
         assert raw.ask(infer(2))["type"] == "chunk"
     task, image = policy.prefetched[0]
     assert task == "fold" and (image == 9).all()
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["raw", "jpeg"])
+def test_a_request_finds_the_frame_that_was_prefetched_and_stats_count_it(compressed):
+    noise = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    policy, quality = Echo(supports_prefetch=True), 90 if compressed else None
+    with serving(policy) as server, PolicyClient(server.endpoint, jpeg_quality=quality) as client:
+        assert client.hello().supports_prefetch
+        assert client.prefetch(noise[0], "fold")
+        while not policy.prefetched:
+            client.poll(0.01)
+        assert client.infer(noise, "fold").seq
+        assert client.infer(noise[::-1], "fold").seq, "another o_{t-1}"
+        counts = client.stats().counts
+    (task, image), (first,) = policy.prefetched[0], policy.batches[0]
+    assert task == "fold" and image.tobytes() == first.images[0].tobytes()
+    assert (counts["prefetch"], counts["prefetch_hit"], counts["chunk"]) == (1, 1, 2)
+
+
+def test_a_prefetch_runs_only_when_no_request_waits_and_is_dropped_when_its_own_comes(gate):
+    policy, server = gate
+    picture = protocol.pack_array(np.zeros((*SIZE, 3), np.uint8))
+    with Raw(server.endpoint) as busy, Raw(server.endpoint) as one, Raw(server.endpoint) as two:
+        busy.send(infer(1))
+        assert policy.entered.acquire(timeout=5)
+        one.send(message("prefetch", 1, image=picture, task="kept"))
+        two.send(message("prefetch", 1, image=picture, task="overtaken"))
+        two.send(infer(2))
+        waiting(server, 1)
+        policy.opened.release()
+        assert policy.entered.acquire(timeout=5), "the request, before the other's prefetch"
+        assert policy.prefetched == []
+        policy.opened.release()
+        assert two.receive()["type"] == "chunk"
+        policy.opened.release()
+        assert one.ask(infer(2))["type"] == "chunk"
+    assert [task for task, _ in policy.prefetched] == ["kept"]
+
+
+# --- A device that fails
+
+
+def test_a_lost_device_fails_its_batch_refuses_the_rest_and_stops_the_server(gate):
+    policy, server = gate
+    with contextlib.ExitStack() as stack:
+        first, lost, mate, late = (stack.enter_context(Raw(server.endpoint)) for _ in range(4))
+        first.send(infer(1))
+        assert policy.entered.acquire(timeout=5)
+        lost.send(infer(1, task="lost"))
+        mate.send(infer(1))
+        waiting(server, 2)
+        policy.opened.release()
+        assert first.receive()["type"] == "chunk"
+        assert policy.entered.acquire(timeout=5)
+        late.send(infer(1))
+        waiting(server, 1)
+        policy.opened.release()
+        assert [raw.receive()["code"] for raw in (lost, mate, late)] == [
+            "inference_failed",
+            "inference_failed",
+            "shutting_down",
+        ]
+        assert server.stopped.wait(10)
+    assert isinstance(server.failure, DeviceFailed)
+    assert len(policy.batches) == 2, "nothing more was computed, and nobody alone"
+
+
+def test_a_device_lost_in_a_prefetch_stops_the_server_too():
+    policy = Echo()
+    with serving(policy) as server, Raw(server.endpoint) as raw:
+        picture = protocol.pack_array(np.zeros((*SIZE, 3), np.uint8))
+        raw.send(message("prefetch", 1, image=picture, task="lost"))
+        assert server.stopped.wait(10)
+        assert isinstance(server.failure, DeviceFailed)
 
 
 def test_ping_and_stats_are_answered_while_an_inference_runs(gate):
