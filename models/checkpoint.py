@@ -6,36 +6,33 @@
     tokenizer.json            HF tokenizers
     embodiment.yaml           the action vector's names and units; opaque here
     normalization.json        models.normalization
+    bins.json                 models.bins; where actions are tokens
+    source.json               which released files it was converted from, if it was
     manifest.json             size and SHA-256 of every file above; written last, so its folder is complete
 
-`save` and `load` are inverses. `init_checkpoint` writes random weights of any size shard by shard, never the
-whole model at once.
+A pretrained checkpoint (`action_heads: none`) has no embodiment and no normalization. `save` and `load` are
+inverses. `init_checkpoint` writes random weights of any size, one tensor at a time.
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models import folder as folders
+from models.bins import ActionBins, BinsError
 from models.config import ModelConfig, ModelConfigError
+from models.folder import FORMAT, SHARD_BYTES, CheckpointError, Progress, Weights, read_hash, read_text
 from models.normalization import NormalizationError, Normalizer
 from models.policy import Policy
 from models.tokenizer import Tokenizer, TokenizerError
 from models.vqgan import VQGAN
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder is missing, damaged or does not fit; the message names the file and tensor."""
+__all__ = ["Checkpoint", "CheckpointError", "init_checkpoint", "load", "read_hash", "save", "write"]
 
 
 @dataclass
@@ -44,78 +41,38 @@ class Checkpoint:
     policy: Policy
     vqgan: VQGAN
     tokenizer: Tokenizer
-    normalizer: Normalizer
-    embodiment: str  # YAML text
+    normalizer: Normalizer | None  # None: pretrained, without action heads
+    embodiment: str | None  # YAML text; None as above
     hash: str = ""  # SHA-256 over the manifest, hex
+    bins: ActionBins | None = None  # where actions are tokens
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shards(tensors: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
-    """Group (name, bytes) in order so that no group exceeds `limit` unless one tensor does."""
-    groups, size = [[]], 0
-    for name, count in tensors:
-        if groups[-1] and size + count > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += count
-    return groups
-
-
-def _write(
+def write(
     folder: Path | str,
     config: ModelConfig,
-    shapes: dict[str, torch.Size],
-    tensor: "TensorSource",
-    vqgan: dict[str, Tensor],
+    policy: Weights,
+    vqgan: Weights,
     texts: dict[str, str],
-    dtype: torch.dtype,
-    shard_bytes: int,
+    shard_bytes: int = SHARD_BYTES,
+    resume: str | None = None,
+    progress: Progress | None = None,
 ) -> str:
-    """Write a folder beside its final place, then swap it in. Returns the hash."""
-    folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} holds something that is not a checkpoint: choose another folder")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    texts = {"config.json": json.dumps({"format": FORMAT, "model": config.to_dict()}, indent=1), **texts}
-    for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    width = torch.empty((), dtype=dtype).element_size()
-    groups = _shards(((name, shape.numel() * width) for name, shape in shapes.items()), shard_bytes)
-    for i, names in enumerate(groups, 1):
-        shard = {name: tensor(name).to(dtype).contiguous().cpu() for name in names}
-        save_file(shard, partial / f"model-{i:05d}-of-{len(groups):05d}.safetensors")
-    save_file(vqgan, partial / "vqgan.safetensors")
-    for path in partial.glob("*.safetensors"):
-        path.chmod(0o644)  # the library writes 0600; a server under another account must read them
-    files = sorted(path for path in partial.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
-    text = json.dumps({"format": FORMAT, "files": manifest}, indent=1)
-    (partial / MANIFEST).write_text(text)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class TensorSource:
-    """Tensors of a module by name."""
-
-    def __init__(self, module: nn.Module):
-        self.tensors = dict(module.named_parameters())
-
-    def __call__(self, name: str) -> Tensor:
-        return self.tensors[name].detach()
+    """Write a checkpoint from tensors made one at a time; `models.folder.write` has the details."""
+    return folders.write(
+        folder,
+        {"model": policy, "vqgan.safetensors": vqgan},
+        {"config.json": json.dumps({"format": FORMAT, "model": config.to_dict()}, indent=1), **texts},
+        shard_bytes,
+        resume,
+        progress,
+    )
 
 
 def save(
-    folder: Path | str, checkpoint: Checkpoint, dtype: torch.dtype | None = None, shard_bytes: int = 4 << 30
+    folder: Path | str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write `checkpoint` (replacing one that is there) and return its hash. dtype: of the policy's weights;
     None: as is.
@@ -123,31 +80,45 @@ def save(
     policy = checkpoint.policy
     if policy.backbone.text_head is None:
         raise CheckpointError("a policy loaded for serving lacks heads: load with serving=False to save it")
-    return _write(
+    parts = (checkpoint.tokenizer, checkpoint.normalizer, checkpoint.embodiment, checkpoint.bins)
+    check_parts(checkpoint.config, *parts)
+    weights = dict(policy.named_parameters())
+    return write(
         folder,
         checkpoint.config,
-        {name: p.shape for name, p in policy.named_parameters()},
-        TensorSource(policy),
-        _compact(checkpoint.vqgan),
-        _texts(checkpoint.tokenizer, checkpoint.normalizer, checkpoint.embodiment),
-        dtype or policy.dtype,
+        _weights(weights, dtype or policy.dtype),
+        compact(dict(checkpoint.vqgan.named_parameters())),
+        texts(*parts),
         shard_bytes,
     )
 
 
-def _compact(module: nn.Module) -> dict[str, Tensor]:
+def _weights(tensors: dict[str, Tensor], dtype: torch.dtype) -> Weights:
+    return Weights({name: t.shape for name, t in tensors.items()}, tensors.__getitem__, dtype)
+
+
+def compact(tensors: dict[str, Tensor]) -> Weights:
     """Weights in bf16 if that loses nothing, else fp32: rounding a trained tokenizer would flip codes."""
-    weights = {name: p.detach().cpu().float().contiguous() for name, p in module.named_parameters()}
-    short = {name: p.bfloat16() for name, p in weights.items()}
-    return short if all(torch.equal(short[name].float(), p) for name, p in weights.items()) else weights
+    wide = {name: t.detach().cpu().float() for name, t in tensors.items()}
+    exact = all(torch.equal(t.bfloat16().float(), t) for t in wide.values())
+    return _weights(wide, torch.bfloat16 if exact else torch.float32)
 
 
-def _texts(tokenizer: Tokenizer, normalizer: Normalizer, embodiment: str) -> dict[str, str]:
-    return {
-        "tokenizer.json": tokenizer.to_json(),
-        "normalization.json": normalizer.to_json(),
-        "embodiment.yaml": embodiment,
-    }
+def texts(
+    tokenizer: Tokenizer,
+    normalizer: Normalizer | None,
+    embodiment: str | None,
+    bins: ActionBins | None = None,
+) -> dict[str, str]:
+    """File name -> content of the parts that are text."""
+    out = {"tokenizer.json": tokenizer.to_json()}
+    if normalizer:
+        out["normalization.json"] = normalizer.to_json()
+    if embodiment:
+        out["embodiment.yaml"] = embodiment
+    if bins:
+        out["bins.json"] = bins.to_json()
+    return out
 
 
 def random_tensor(name: str, shape: torch.Size, seed: int, device="cpu") -> Tensor:
@@ -182,125 +153,69 @@ def init_checkpoint(
     config: ModelConfig,
     folder: Path | str,
     tokenizer: Tokenizer,
-    normalizer: Normalizer,
-    embodiment: str,
+    normalizer: Normalizer | None,
+    embodiment: str | None,
     device="cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
+    bins: ActionBins | None = None,
 ) -> str:
     """Write random weights of `config`, made on `device` one tensor at a time. Returns the hash.
 
-    Peak memory is one shard. Raises CheckpointError when the parts do not fit each other.
+    Raises CheckpointError when the parts do not fit each other.
     """
-    check_parts(config, tokenizer, normalizer)
-    with torch.device("meta"):
-        policy, vqgan = Policy(config), VQGAN(config.vqgan)
-    shapes = {name: p.shape for name, p in policy.named_parameters()}
-    return _write(
+    check_parts(config, tokenizer, normalizer, embodiment, bins)
+    shapes, vqgan = parameter_shapes(Policy, config), parameter_shapes(VQGAN, config.vqgan)
+    return write(
         folder,
         config,
-        shapes,
-        lambda name: random_tensor(name, shapes[name], seed, device).to(dtype),
-        {name: random_tensor(name, p.shape, seed, "cpu") for name, p in vqgan.named_parameters()},
-        _texts(tokenizer, normalizer, embodiment),
-        dtype,
+        Weights(shapes, lambda name: random_tensor(name, shapes[name], seed, device), dtype),
+        Weights(vqgan, lambda name: random_tensor(name, vqgan[name], seed), torch.float32),
+        texts(tokenizer, normalizer, embodiment, bins),
         shard_bytes,
     )
 
 
-def check_parts(config: ModelConfig, tokenizer: Tokenizer, normalizer: Normalizer) -> None:
+def parameter_shapes(kind: type[nn.Module], config) -> dict[str, torch.Size]:
+    """Names and shapes of a module's parameters, without making them."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in kind(config).named_parameters()}
+
+
+def check_parts(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    normalizer: Normalizer | None,
+    embodiment: str | None,
+    bins: ActionBins | None,
+) -> None:
     """Sizes and choices of the parts agree. Raises CheckpointError."""
     if tokenizer.vocab_size > config.text_vocab:
         raise CheckpointError(
             f"tokenizer has {tokenizer.vocab_size} ids, the model's text table {config.text_vocab}"
         )
-    if len(normalizer.names) != config.action_dim:
+    acts = config.action_heads != "none"
+    for name, part, wanted in (
+        ("normalization", normalizer, acts),
+        ("embodiment", embodiment, acts),
+        ("bins", bins, config.action_heads == "ar"),
+    ):
+        if (part is not None) != wanted:
+            verb = "needs" if wanted else "must not have"
+            raise CheckpointError(f"a model with action_heads {config.action_heads} {verb} {name}")
+    if normalizer is not None and len(normalizer.names) != config.action_dim:
         raise CheckpointError(
             f"normalization has {len(normalizer.names)} dimensions, the model {config.action_dim}"
         )
-    if normalizer.representation != config.representation:
+    if normalizer is not None and normalizer.representation != config.representation:
         raise CheckpointError(
             f"normalization is for {normalizer.representation} joints, the model for {config.representation}"
         )
-
-
-def read_hash(folder: Path | str) -> str:
-    """Content hash of a folder, from its manifest alone. Raises CheckpointError."""
-    return hashlib.sha256(_read(Path(folder), MANIFEST).encode()).hexdigest()
-
-
-def _read(folder: Path, name: str) -> str:
-    try:
-        return (folder / name).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder / name} is missing: not a complete checkpoint") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / name} is not readable: {error}") from error
-
-
-def _manifest(folder: Path, verify: bool) -> dict[str, dict]:
-    """Check the folder against its manifest: names, sizes, and contents when `verify`."""
-    try:
-        data = json.loads(_read(folder, MANIFEST))
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in data["files"].items()}
-        version = data["format"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {version}, this version reads {FORMAT}")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointError(f"{path} is missing: not a complete checkpoint")
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {size}: copy it again"
-            )
-        if verify and _digest(path) != digest:
-            raise CheckpointError(f"{path} differs from its manifest (SHA-256): copy it again")
-    return files
-
-
-def _tensors(paths: list[Path]) -> Iterator[tuple[Path, str, "safe_open"]]:
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield path, name, file
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, paths: list[Path], skip: set[str]) -> None:
-    """Copy tensors from memory-mapped files straight into the module's storage; `skip`: known but unused
-    names.
-    """
-    wanted = dict(module.named_parameters())
-    seen, unknown = set(), []
-    for path, name, file in _tensors(paths):
-        if name in seen:
-            raise CheckpointError(f"{path}: tensor {name} appears twice")
-        seen.add(name)
-        if name not in wanted:
-            if name not in skip:
-                unknown.append(name)
-            continue
-        tensor, parameter = file.get_tensor(name), wanted[name]
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} is {list(tensor.shape)}, the model needs {list(parameter.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not a floating-point tensor")
-        parameter.copy_(tensor)
-        if not parameter.isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinite weights")
-    missing = sorted(set(wanted) - seen)
-    if unknown or missing:
-        where = paths[0].parent
-        raise CheckpointError(f"{where}: unknown tensors {sorted(unknown)}, missing tensors {missing}")
+    if bins is not None and bins.names != normalizer.names:
+        raise CheckpointError(f"bins are of {bins.names}, normalization of {normalizer.names}")
+    if bins is not None and bins.vocab > config.action_vocab:
+        raise CheckpointError(f"bins need {bins.vocab} action ids, the model has {config.action_vocab}")
 
 
 def load(
@@ -309,40 +224,74 @@ def load(
     dtype: torch.dtype = torch.float32,
     serving: bool = False,
     verify: bool = True,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Read a folder straight to `device` and `dtype` (the VQGAN in fp32), eval mode. Raises CheckpointError.
 
-    serving: leave out heads that continuous actions do not use. verify: compare every file with its SHA-256.
+    serving: leave out heads that continuous actions do not use. verify: compare every file with its SHA-256,
+    in threads beside the copy, so that each byte is read from disk once. progress: called for each tensor.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} does not exist: write one with `vipra init-checkpoint`, or train or convert one"
         )
-    files = _manifest(folder, verify)
+    files = folders.read_manifest(folder, verify=False)
+    big = [name for name in sorted(files) if name.endswith(".safetensors")]
+    if verify:
+        for name in sorted(set(files) - set(big)):
+            folders.require_digest(folder / name, folders.digest(folder / name), files[name])
+    config, parts = _read_parts(folder, files)
+    with torch.device("meta"):
+        full, policy, vqgan = Policy(config), Policy(config, serving), VQGAN(config.vqgan)
+    policy, vqgan = policy.to(dtype).to_empty(device=device), vqgan.to_empty(device=device)
+    skip = {name for name, _ in full.named_parameters()}
+    total, done = sum((folder / name).stat().st_size for name in big), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress("reading checkpoint", done, total)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = {name: pool.submit(folders.digest, folder / name) for name in big} if verify else {}
+
+        def compare() -> None:
+            for name, value in found.items():
+                folders.require_digest(folder / name, value, files[name])
+
+        try:
+            models = [folder / name for name in big if name.startswith("model-")]
+            folders.fill(policy, models, skip, advance)
+            folders.fill(vqgan, [folder / "vqgan.safetensors"], advance=advance)
+        except CheckpointError:
+            compare()  # a damaged copy explains whatever it led to
+            raise
+        compare()
+    advance(total - done)
+    return Checkpoint(config, policy.eval(), vqgan.eval(), hash=read_hash(folder), **parts)
+
+
+def _read_parts(folder: Path, files: dict[str, str]) -> tuple[ModelConfig, dict]:
+    """config.json, and the parts that are text by their field of Checkpoint. Raises CheckpointError."""
+
+    def optional(name: str) -> str | None:
+        return read_text(folder, name) if name in files else None
+
     try:
-        data = json.loads(_read(folder, "config.json"))
+        data = json.loads(read_text(folder, "config.json"))
         if not isinstance(data, dict) or set(data) != {"format", "model"}:
             raise ModelConfigError("expected the keys format and model")
         config = ModelConfig.from_dict(data["model"])
-        tokenizer = Tokenizer.from_json(_read(folder, "tokenizer.json"))
-        normalizer = Normalizer.from_json(_read(folder, "normalization.json"))
-    except (json.JSONDecodeError, ModelConfigError, TokenizerError, NormalizationError) as error:
+        normalization, bins = optional("normalization.json"), optional("bins.json")
+        parts = {
+            "tokenizer": Tokenizer.from_json(read_text(folder, "tokenizer.json")),
+            "normalizer": normalization and Normalizer.from_json(normalization),
+            "embodiment": optional("embodiment.yaml"),
+            "bins": bins and ActionBins.from_json(bins),
+        }
+    except (json.JSONDecodeError, ModelConfigError, TokenizerError, NormalizationError, BinsError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    check_parts(config, tokenizer, normalizer)
-    with torch.device("meta"):
-        full, policy, vqgan = Policy(config), Policy(config, serving), VQGAN(config.vqgan)
-    policy = policy.to(dtype).to_empty(device=device)
-    vqgan = vqgan.to_empty(device=device)
-    skip = {name for name, _ in full.named_parameters()}
-    _fill(policy, [folder / name for name in sorted(files) if name.startswith("model-")], skip)
-    _fill(vqgan, [folder / "vqgan.safetensors"], set())
-    return Checkpoint(
-        config=config,
-        policy=policy.eval(),
-        vqgan=vqgan.eval(),
-        tokenizer=tokenizer,
-        normalizer=normalizer,
-        embodiment=_read(folder, "embodiment.yaml"),
-        hash=read_hash(folder),
-    )
+    check_parts(config, **parts)
+    return config, parts

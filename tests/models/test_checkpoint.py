@@ -1,15 +1,18 @@
 import dataclasses
 import json
 import pickle
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import checkpoint as checkpoints
-from models import normalization
+from models import bins, normalization
 from models.checkpoint import CheckpointError, init_checkpoint, load, random_tensor, read_hash, save
 from models.config import SIZES
+from models.folder import digest as folder_digest
+from models.folder import shards
 from models.policy import Policy
 from models.tokenizer import Tokenizer
 from tests.models.sizes import small
@@ -37,7 +40,7 @@ def reseal(folder) -> None:
     data = json.loads(path.read_text())
     for name in data["files"]:
         file = folder / name
-        data["files"][name] = {"bytes": file.stat().st_size, "sha256": checkpoints._digest(file)}
+        data["files"][name] = {"bytes": file.stat().st_size, "sha256": folder_digest(file)}
     path.write_text(json.dumps(data))
 
 
@@ -134,7 +137,7 @@ def test_7b_has_the_sizes_of_llama_and_fits_its_shards():
     assert shapes["backbone.layers.31.qkv.weight"] == (12288, 4096)
     assert shapes["backbone.layers.31.gate_up.weight"] == (22016, 4096)
     assert shapes["action_encoder.linear_1.weight"] == (2048, 16)
-    groups = checkpoints._shards(((n, s.numel() * 2) for n, s in shapes.items()), 4 << 30)
+    groups = shards(((n, s.numel() * 2) for n, s in shapes.items()), 4 << 30)
     assert [name for group in groups for name in group] == list(shapes)
     assert max(sum(shapes[n].numel() * 2 for n in group) for group in groups) <= 4 << 30
 
@@ -253,6 +256,70 @@ def test_writing_never_replaces_something_else(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_pretrained_checkpoint_without_action_heads_round_trips(tmp_path):
-    folder = written(tmp_path / "a", action_heads="none")
-    assert load(folder).policy.action_head is None
+def test_pretrained_checkpoint_has_neither_action_heads_nor_an_embodiment(tmp_path):
+    config, tokenizer, normalizer, _ = parts(action_heads="none")
+    init_checkpoint(config, tmp_path / "a", tokenizer, None, None)
+    loaded = load(tmp_path / "a")
+    assert loaded.policy.action_head is None and loaded.normalizer is None and loaded.embodiment is None
+    assert save(tmp_path / "b", loaded) == loaded.hash
+    with pytest.raises(CheckpointError, match="none must not have normalization"):
+        init_checkpoint(config, tmp_path / "c", tokenizer, normalizer, None)
+    with pytest.raises(CheckpointError, match="flow needs embodiment"):
+        init_checkpoint(parts()[0], tmp_path / "c", tokenizer, normalizer, None)
+
+
+def test_bins_travel_with_discrete_heads_and_only_with_them(tmp_path):
+    rng = np.random.default_rng(0)
+    cut = bins.fit(rng.uniform(0, 1, (50, 14, 8)), NAMES, KINDS, 15)
+    config, *rest = parts(action_heads="ar", action_vocab=cut.vocab)
+    init_checkpoint(config, tmp_path / "a", *rest, bins=cut)
+    loaded = load(tmp_path / "a")
+    assert loaded.bins == cut and save(tmp_path / "b", loaded) == loaded.hash
+    with pytest.raises(CheckpointError, match="ar needs bins"):
+        init_checkpoint(config, tmp_path / "c", *rest)
+    with pytest.raises(CheckpointError, match="flow must not have bins"):
+        init_checkpoint(parts()[0], tmp_path / "c", *rest, bins=cut)
+    with pytest.raises(CheckpointError, match=f"bins need {cut.vocab} action ids, the model has 5"):
+        init_checkpoint(dataclasses.replace(config, action_vocab=5), tmp_path / "c", *rest, bins=cut)
+    other = dataclasses.replace(cut, names=NAMES[::-1])
+    with pytest.raises(CheckpointError, match="bins are of"):
+        init_checkpoint(config, tmp_path / "c", *rest, bins=other)
+
+
+def test_progress_ends_at_the_whole_and_never_goes_back(tmp_path):
+    seen = []
+    load(written(tmp_path / "a"), progress=lambda stage, done, total: seen.append((stage, done, total)))
+    counts = [done for _, done, _ in seen]
+    assert counts == sorted(counts) and counts[0] > 0
+    total = sum(path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors"))
+    assert seen[-1] == ("reading checkpoint", total, total)
+
+
+def test_what_we_write_is_safetensors_own_format(tmp_path):
+    folder = written(tmp_path / "a")
+    (path,) = folder.glob("model-*.safetensors")
+    tensors = load_file(path)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    theirs = load_file(tmp_path / "theirs.safetensors")
+    assert set(tensors) == set(theirs) and all(torch.equal(tensors[n], theirs[n]) for n in theirs)
+    assert path.stat().st_size == pytest.approx((tmp_path / "theirs.safetensors").stat().st_size, rel=1e-3)
+
+
+def test_full_disk_says_how_much_is_missing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    config, *rest = parts()
+    with pytest.raises(CheckpointError, match=r"the disk has 0\.00 GiB free: free .* GiB; then run it again"):
+        init_checkpoint(config, tmp_path / "a", *rest)
+
+
+def test_a_wrong_checksum_is_named_rather_than_what_it_led_to(tmp_path):
+    folder = written(tmp_path / "a")
+    (path,) = folder.glob("model-*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\xff\xff\xff\x7f"  # a NaN
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="differs from its manifest"):
+        load(folder)
+    with pytest.raises(CheckpointError, match="NaN"):
+        load(folder, verify=False)
