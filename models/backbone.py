@@ -3,7 +3,8 @@ heads.
 
 Notable: QKV and gate/up are one matrix each; the KV cache is two static buffers; masks and positions are
 explicit arguments, so training, prefill and cached steps are the same `forward`; the last layer computes
-queries, output and MLP only for the `tail` positions that are read.
+queries, output and MLP only for the `tail` positions that are read; few, large element-wise operations, since
+a cached step on a GPU is otherwise bound by their number; the matrices may be fp8 (models.fp8).
 """
 
 import torch
@@ -11,26 +12,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config import ModelConfig
+from models.fp8 import Fp8Linear
 
 
 def rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, T, head_dim / 2] fp32 for integer `positions` [B, T].
 
-    rope_precision bf16 rounds frequencies, angles, sines and cosines to bf16, as the official code does.
+    rope_precision bf16 rounds angles, sines and cosines to bf16, as the official code does (its pinned numpy
+    1.26 computes the frequencies in fp64).
     """
     dtype = torch.bfloat16 if config.rope_precision == "bf16" else torch.float32
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).to(dtype) / config.head_dim
-    frequency = 1.0 / torch.pow(
-        torch.full_like(exponent, config.rope_theta, dtype=torch.float32), exponent
-    ).to(dtype)
-    angle = (positions[:, None, :, None].float() * frequency.float()).to(dtype)
+    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float64)
+    angle = positions[:, None, :, None] * config.rope_theta ** -(half / config.head_dim)
+    angle = angle.to(dtype)
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of x [B, heads, T, head_dim]; fp32 inside."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+def turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [B, 1, T, head_dim] fp32 of an element and of its partner in `rotate`."""
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x: Tensor, own: Tensor, partner: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2) of x [B, heads, T, head_dim] by `turns(cos, sin)`; fp32 inside."""
+    a, b = x.chunk(2, -1)
+    return torch.addcmul(x * own, torch.cat([b, a], -1), partner).to(x.dtype)
 
 
 class KVCache:
@@ -64,14 +70,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rows(linear: nn.Linear | Fp8Linear, x: Tensor, part: slice) -> Tensor:
+    """Only the output features `part` of a bias-free linear layer."""
+    return linear(x, part) if isinstance(linear, Fp8Linear) else F.linear(x, linear.weight[part])
 
 
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d, self.heads, self.dropout = config.hidden, config.heads, config.dropout
+        d, self.dropout = config.hidden, config.dropout
+        self.heads, self.head_dim = config.heads, config.head_dim
         self.attention_norm = RMSNorm(d, config.norm_eps)
         self.qkv = nn.Linear(d, 3 * d, bias=False)  # rows: q, k, v
         self.out = nn.Linear(d, d, bias=False)
@@ -80,25 +91,28 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.mlp_hidden, d, bias=False)
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """[B, T, n * hidden] -> [B, n * heads, T, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, x, cos, sin, mask, cache: KVCache | None, index: int, start: int, tail: int | None
+        self, x, own, partner, mask, cache: KVCache | None, index: int, start: int, tail: int | None
     ) -> Tensor:
         h = self.attention_norm(x)
         if tail is None:
-            q, k, v = (self.split(t) for t in self.qkv(h).chunk(3, -1))
-            q = rotate(q, cos, sin)
+            q_k, v = self.split(self.qkv(h)).split((2 * self.heads, self.heads), 1)
+            q, k = rotate(q_k, own, partner).chunk(2, 1)
         else:
-            d = x.shape[-1]
-            k, v = (self.split(t) for t in F.linear(h, self.qkv.weight[d:]).chunk(2, -1))
-            x, mask = x[:, -tail:], mask[:, :, -tail:]
-            q = rotate(
-                self.split(F.linear(h[:, -tail:], self.qkv.weight[:d])), cos[:, :, -tail:], sin[:, :, -tail:]
-            )
-        k = rotate(k, cos, sin)
+            d, first = x.shape[-1], x.shape[1] - tail
+            k, v = self.split(rows(self.qkv, h, slice(d, None))).chunk(2, 1)
+            k = rotate(k, own, partner)
         if cache is not None:
             k, v = cache.update(index, start, k, v)
+        if tail == 0:
+            return x[:, :0]
+        if tail is not None:
+            x, mask = x[:, first:], mask[:, :, first:]
+            q = self.split(rows(self.qkv, h[:, first:], slice(d)))
+            q = rotate(q, own[:, :, first:], partner[:, :, first:])
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x = x + F.dropout(self.out(attended), self.dropout, self.training)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
@@ -134,10 +148,12 @@ class Backbone(nn.Module):
 
         rotation: `rope(...)` of the T positions. mask: bool [B, 1, T, S], True where a query may look; S = T,
         or the cache's slots. Every query needs at least one True. With a cache, the T keys go to slots
-        start.. .
+        start.. ; with tail = 0 that is all that is computed.
         """
-        cos, sin = rotation
+        own, partner = turns(*rotation)
+        if x.is_cuda:  # what the kernels take: else every layer converts it again
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            x = layer(x, cos, sin, mask, cache, index, start, tail if last else None)
-        return self.norm(x)
+            x = layer(x, own, partner, mask, cache, index, start, tail if last else None)
+        return x if tail == 0 else self.norm(x)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.backbone import Backbone, KVCache, rope, rotate
+from models.backbone import Backbone, KVCache, rope, rotate, turns
 from models.config import SIZES, ModelConfig, VQGANConfig
 from tests.models.golden import backbone_state, folder, read_json, streaming
 from tests.models.sizes import small
@@ -113,20 +113,32 @@ def test_cached_pieces_equal_one_pass_and_tail_equals_its_last_rows():
     torch.testing.assert_close(tail, whole[:, -5:], atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_without_a_tail_the_same_keys_and_values_are_cached():
+    torch.manual_seed(0)
+    config = small()
+    model, caches = Backbone(config).eval(), [KVCache(config, 2, 20) for _ in range(2)]
+    x, rotation = torch.randn(2, 20, config.hidden), rope(config, torch.arange(20).expand(2, -1))
+    for cache, tail in zip(caches, (None, 0), strict=True):
+        hidden = model(x, rotation, causal(20), cache, tail=tail)
+    assert hidden.shape == (2, 0, config.hidden)
+    torch.testing.assert_close(caches[0].k, caches[1].k, atol=1e-6, rtol=0)
+    torch.testing.assert_close(caches[0].v, caches[1].v, atol=1e-6, rtol=0)
+
+
 def test_rotation_keeps_norms_and_depends_on_distance_only():
     config = small()
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 4, 1, 8)
 
     def score(a: int, b: int) -> torch.Tensor:
-        return (
-            rotate(q, *rope(config, torch.tensor([[a]]))) * rotate(k, *rope(config, torch.tensor([[b]])))
-        ).sum(-1)
+        at_a, at_b = (turns(*rope(config, torch.tensor([[n]]))) for n in (a, b))
+        return (rotate(q, *at_a) * rotate(k, *at_b)).sum(-1)
 
     torch.testing.assert_close(score(5, 2), score(105, 102), atol=1e-4, rtol=1e-4)
     assert (score(5, 2) - score(5, 3)).abs().max() > 1e-3
     cos, sin = rope(config, torch.arange(50)[None])
     torch.testing.assert_close(
-        rotate(q.expand(1, 4, 50, 8), cos, sin).norm(dim=-1), q.norm(dim=-1).expand(1, 4, 50)
+        rotate(q.expand(1, 4, 50, 8), *turns(cos, sin)).norm(dim=-1), q.norm(dim=-1).expand(1, 4, 50)
     )
 
 
