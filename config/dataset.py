@@ -6,15 +6,16 @@ from pydantic import Field
 
 from config.loading import Strict
 
-Kind = Literal["ssv2", "rlds", "lerobot", "libero", "folder"]
+Kind = Literal["auto", "ssv2", "rlds", "lerobot", "libero", "folder"]
 
 
 class DatasetConfig(Strict):
     """One dataset on disk. What a field leaves empty is taken from the dataset's own files."""
 
     kind: Kind = Field(
-        description="ssv2: labels/*.json and <id>.webm; rlds: TFRecord shards; lerobot: LeRobotDataset v3.0; "
-        "libero: HDF5 files; folder: videos, or one folder of frames an episode"
+        "auto",
+        description="auto: told from the files; ssv2: labels/*.json and <id>.webm; rlds: TFRecord shards; "
+        "lerobot: LeRobotDataset v3.0; libero: HDF5 files; folder: videos, or folders of frames",
     )
     path: str = Field(description="the dataset's folder")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other datasets")
@@ -30,7 +31,7 @@ class DatasetConfig(Strict):
 
 
 class Augmentation(Strict):
-    """Random picture changes, drawn once a sample and shared by all its frames. Defaults: official finetuning.
+    """Random picture changes, drawn once a sample for all its frames. Defaults: official finetuning.
 
     Hue in OpenCV's units (180 a turn), saturation and value of 255.
     """

@@ -1,0 +1,354 @@
+"""Appends episodes to a LeRobotDataset v3.0 so that a crash costs at most the episode being recorded.
+
+Frames of the running episode go to `.recording/`. `save` writes the new version of every file it changes into
+`.saving/`, and one rename to `.saved/` is the moment from which the episode exists: the files are then moved
+to their places, longer ones before the metadata that points into them, so the dataset opens at every moment
+in between, and the next writer finishes an interrupted move.
+"""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from episodes import layout, video
+from episodes.layout import EpisodesError, Feature
+
+_RECORDING, _SAVING, _SAVED, _LOCK = ".recording", ".saving", ".saved", ".lock"
+_EPISODES_A_FILE = 200  # lines of a metadata file: it is rewritten at every save
+_MOVE_ORDER = ("videos", "data", "meta/tasks", "meta/episodes", "meta/stats", "meta/info")
+
+
+class Writer:
+    """The only writer of a dataset; a second one is refused. Frames with `add`, then `save` or `discard`."""
+
+    def __init__(self, root: Path):
+        """Continue the dataset at `root`. Raises EpisodesError if there is none or another is writing."""
+        self.root = Path(root)
+        layout.read_info(self.root)  # before anything is touched
+        self._lock = _lock(self.root)
+        try:
+            recover(self.root)
+            self.info = layout.read_info(self.root)
+            self._read_tables()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._rows: dict[str, list] = {}
+        self._encoders: dict[str, video.Encoder] = {}
+        self._histograms: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        fps: int,
+        features: dict[str, Feature],
+        robot_type: str | None = None,
+        data_file_mb: int = layout.DATA_FILE_MB,
+        video_file_mb: int = layout.VIDEO_FILE_MB,
+    ) -> "Writer":
+        """Start an empty dataset. Raises EpisodesError if `root` holds one or a feature is unknown."""
+        root = Path(root)
+        if (root / layout.INFO).exists():
+            raise EpisodesError(
+                f"{root} holds a dataset already: open it with Writer(root), or choose another folder"
+            )
+        info = layout.new_info(fps, features, robot_type)
+        info["data_files_size_in_mb"], info["video_files_size_in_mb"] = data_file_mb, video_file_mb
+        (root / "meta").mkdir(parents=True, exist_ok=True)
+        _write_json(root / layout.INFO, info)
+        return cls(root)
+
+    @property
+    def episodes(self) -> int:
+        """Episodes saved."""
+        return self._table.num_rows
+
+    @property
+    def frames(self) -> int:
+        """Frames of the running episode."""
+        return len(self._rows.get("task", ()))
+
+    def add(self, frame: dict[str, Any], task: str) -> None:
+        """One frame: a value of the right shape for every recorded feature, and the robot's task in words.
+
+        Raises EpisodesError; the frame is then not part of the episode.
+        """
+        values = {key: self._checked(key, frame) for key in layout.recorded(self.info)}
+        if extra := set(frame) - set(values):
+            raise EpisodesError(f"the dataset has no feature {sorted(extra)}; it has {sorted(values)}")
+        (self.root / _RECORDING).mkdir(exist_ok=True)
+        for key, value in values.items():
+            dtype = self.info["features"][key]["dtype"]
+            if dtype in ("video", "image"):
+                histogram = layout.colour_histogram(value)
+                self._histograms[key] = self._histograms.get(key, 0) + histogram
+            if dtype == "video":
+                self._encoder(key).add(value)
+            else:
+                kept = _png(value, self.frames) if dtype == "image" else value
+                self._rows.setdefault(key, []).append(kept)
+        self._rows.setdefault("task", []).append(task)
+
+    def save(self) -> int:
+        """Make the running episode part of the dataset; its index.
+
+        Raises EpisodesError without frames, OSError if the disk is full: the dataset is then as before, and
+        `save` can be tried again.
+        """
+        if not self.frames:
+            raise EpisodesError("an episode without frames is not saved: add frames first")
+        for encoder in self._encoders.values():
+            encoder.close()
+        self._encoders = {key: None for key in self._encoders}  # closed, file complete
+        staged = self.root / _SAVING
+        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            info, tasks, episodes = self._stage(staged)
+            _sync(staged)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        os.replace(staged, self.root / _SAVED)
+        recover(self.root)
+        self.info, self._tasks, self._table = info, tasks, episodes
+        self._stats = layout.stats_from_json(layout.read_json(self.root / layout.STATS))
+        self._forget()
+        return self.episodes - 1
+
+    def discard(self) -> None:
+        """Drop the running episode."""
+        for encoder in self._encoders.values():
+            if encoder is not None:
+                encoder.close()
+        self._forget()
+        shutil.rmtree(self.root / _RECORDING, ignore_errors=True)
+
+    def close(self) -> None:
+        """Drop an unsaved episode and let another writer in."""
+        self.discard()
+        os.close(self._lock)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # --- the running episode ---
+
+    def _forget(self) -> None:
+        self._rows, self._encoders, self._histograms = {}, {}, {}
+
+    def _encoder(self, key: str) -> video.Encoder:
+        if key not in self._encoders:
+            height, width, _ = self.info["features"][key]["shape"]
+            self._encoders[key] = video.Encoder(self._recording(key), self.info["fps"], height, width)
+        if self._encoders[key] is None:
+            raise EpisodesError("the episode is complete: save or discard it before adding frames")
+        return self._encoders[key]
+
+    def _recording(self, key: str) -> Path:
+        return self.root / _RECORDING / f"{key}.mp4"
+
+    def _checked(self, key: str, frame: dict[str, Any]) -> np.ndarray:
+        feature = self.info["features"][key]
+        if key not in frame:
+            raise EpisodesError(f"the frame lacks {key!r}: it needs {list(layout.recorded(self.info))}")
+        pictures = feature["dtype"] in ("video", "image")
+        value = np.asarray(frame[key], np.uint8 if pictures else feature["dtype"])
+        if pictures and np.asarray(frame[key]).dtype != np.uint8:
+            raise EpisodesError(f"{key}: pictures are uint8 RGB, got {np.asarray(frame[key]).dtype}")
+        if list(value.shape) != feature["shape"]:
+            raise EpisodesError(f"{key}: shape {list(value.shape)}, the dataset has {feature['shape']}")
+        if not pictures and not np.isfinite(value).all():
+            raise EpisodesError(f"{key}: {value.tolist()} is not finite")
+        return value
+
+    # --- saving ---
+
+    def _read_tables(self) -> None:
+        files = sorted(self.root.glob("meta/episodes/*/*.parquet"))
+        schema = layout.episode_schema(self.info)
+        tables = [pq.read_table(path) for path in files]
+        self._table = pa.concat_tables(tables) if tables else schema.empty_table()
+        tasks = self.root / layout.TASKS
+        self._tasks = list(pd.read_parquet(tasks).sort_values("task_index").index) if tasks.is_file() else []
+        stats = self.root / layout.STATS
+        self._stats = layout.stats_from_json(layout.read_json(stats)) if stats.is_file() else None
+
+    def _stage(self, staged: Path) -> tuple[dict, list[str], pa.Table]:
+        """Write the next version of every changed file under `staged`."""
+        info = json.loads(json.dumps(self.info))
+        count, fps, number = self.frames, info["fps"], self.episodes
+        last = self._table.slice(number - 1).to_pylist()[0] if number else None
+        first = last["dataset_to_index"] if last else 0
+        tasks = [*self._tasks, *dict.fromkeys(t for t in self._rows["task"] if t not in self._tasks)]
+
+        columns = {k: v for k, v in self._rows.items() if k != "task"}
+        columns["timestamp"] = (np.arange(count) / fps).astype(np.float32)
+        columns["frame_index"] = np.arange(count)
+        columns["episode_index"] = np.full(count, number)
+        columns["index"] = np.arange(first, first + count)
+        columns["task_index"] = np.array([tasks.index(t) for t in self._rows["task"]])
+        row: dict[str, Any] = {
+            "episode_index": number,
+            "tasks": list(dict.fromkeys(self._rows["task"])),
+            "length": count,
+            "dataset_from_index": first,
+            "dataset_to_index": first + count,
+        }
+        row |= self._stage_data(staged, info, columns, last)
+        for key in layout.keys(info, "video"):
+            row |= self._stage_video(staged, info, key, count, last)
+
+        stats = {}
+        for key, feature in info["features"].items():
+            if feature["dtype"] in ("video", "image"):
+                stats[key] = layout.colour_stats(self._histograms[key], count)
+            else:
+                stats[key] = layout.vector_stats(np.asarray(columns[key]).reshape(count, -1))
+        for key, values in layout.stats_to_json(stats).items():
+            row |= {f"stats/{key}/{name}": value for name, value in values.items()}
+        merged = layout.merge_stats([self._stats, stats]) if self._stats else stats
+
+        table = self._stage_episode(staged, info, row, last)
+        info["total_episodes"], info["total_frames"] = number + 1, first + count
+        info["total_tasks"], info["splits"] = len(tasks), {"train": f"0:{number + 1}"}
+        pd.DataFrame({"task_index": range(len(tasks))}, index=tasks).to_parquet(_made(staged / layout.TASKS))
+        _write_json(staged / layout.STATS, layout.stats_to_json(merged))
+        _write_json(staged / layout.INFO, info)
+        return info, tasks, table
+
+    def _stage_data(self, staged: Path, info: dict, columns: dict, last: dict | None) -> dict[str, int]:
+        schema = layout.data_schema(info)
+        episode = pa.table([_arrow(columns[field.name], field.type) for field in schema], schema=schema)
+        place = (last["data/chunk_index"], last["data/file_index"]) if last else (0, 0)
+        old = self.root / info["data_path"].format(chunk_index=place[0], file_index=place[1])
+        groups = []
+        if last:
+            file = pq.ParquetFile(old)
+            growth = 1 + episode.num_rows / max(file.metadata.num_rows, 1)
+            if old.stat().st_size / 2**20 * growth >= info["data_files_size_in_mb"]:
+                place = layout.after(place, info["chunks_size"])
+            else:
+                groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
+        target = _made(staged / info["data_path"].format(chunk_index=place[0], file_index=place[1]))
+        with pq.ParquetWriter(target, schema, compression="snappy", use_dictionary=True) as out:
+            for group in [*groups, episode]:
+                out.write_table(group.cast(schema))
+        return {"data/chunk_index": place[0], "data/file_index": place[1]}
+
+    def _stage_video(
+        self, staged: Path, info: dict, key: str, count: int, last: dict | None
+    ) -> dict[str, Any]:
+        new, start = self._recording(key), 0.0
+        place = (last[f"videos/{key}/chunk_index"], last[f"videos/{key}/file_index"]) if last else (0, 0)
+        old = self.root / info["video_path"].format(video_key=key, chunk_index=place[0], file_index=place[1])
+        parts = [new]
+        if last:
+            size_mb = (old.stat().st_size + new.stat().st_size) / 2**20
+            if size_mb >= info["video_files_size_in_mb"] or not video.joinable(old, new):
+                place = layout.after(place, info["chunks_size"])
+            else:
+                parts, start = [old, new], last[f"videos/{key}/to_timestamp"]
+        target = _made(
+            staged / info["video_path"].format(video_key=key, chunk_index=place[0], file_index=place[1])
+        )
+        if len(parts) == 1:
+            shutil.copyfile(new, target)
+        else:
+            video.concatenate(parts, target, info["fps"])
+        return {
+            f"videos/{key}/chunk_index": place[0],
+            f"videos/{key}/file_index": place[1],
+            f"videos/{key}/from_timestamp": start,
+            f"videos/{key}/to_timestamp": start + count / info["fps"],
+        }
+
+    def _stage_episode(self, staged: Path, info: dict, row: dict, last: dict | None) -> pa.Table:
+        place = (last["meta/episodes/chunk_index"], last["meta/episodes/file_index"]) if last else (0, 0)
+        if last and self.episodes % _EPISODES_A_FILE == 0:
+            place = layout.after(place, info["chunks_size"])
+        row = {**row, "meta/episodes/chunk_index": place[0], "meta/episodes/file_index": place[1]}
+        new = pa.Table.from_pylist([row], schema=layout.episode_schema(info))
+        table = pa.concat_tables([self._table.cast(new.schema), new])
+        here = [
+            (c, f) == place
+            for c, f in zip(
+                table["meta/episodes/chunk_index"].to_pylist(),
+                table["meta/episodes/file_index"].to_pylist(),
+                strict=True,
+            )
+        ]
+        target = _made(staged / layout.EPISODES.format(chunk_index=place[0], file_index=place[1]))
+        pq.write_table(table.filter(pa.array(here)), target, compression="snappy")
+        return table
+
+
+def recover(root: Path) -> None:
+    """Finish a save that was interrupted while its files were moved, and drop what was never saved."""
+    saved = root / _SAVED
+    if saved.is_dir():
+        files = [path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()]
+        for name in sorted(
+            files, key=lambda name: next(i for i, p in enumerate(_MOVE_ORDER) if name.startswith(p))
+        ):
+            os.replace(saved / name, _made(root / name))
+        shutil.rmtree(saved)
+    for folder in (_SAVING, _RECORDING):
+        shutil.rmtree(root / folder, ignore_errors=True)
+
+
+def _lock(root: Path) -> int:
+    file = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise EpisodesError(f"{root}: another writer is at work on this dataset; stop it first") from None
+    return file
+
+
+def _arrow(values, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_fixed_size_list(kind):
+        flat = np.asarray(values).reshape(-1)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), kind.list_size)
+    if pa.types.is_struct(kind):
+        return pa.array(values, kind)
+    return pa.array(np.asarray(values).reshape(-1), kind)
+
+
+def _png(rgb: np.ndarray, index: int) -> dict[str, Any]:
+    data = io.BytesIO()
+    Image.fromarray(rgb).save(data, "PNG", compress_level=1)
+    return {"bytes": data.getvalue(), "path": f"frame-{index:06d}.png"}
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_json(path: Path, data: dict) -> None:
+    part = _made(path.with_suffix(".part"))
+    part.write_text(json.dumps(data, indent=4, ensure_ascii=False))
+    os.replace(part, path)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file under `folder` to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
