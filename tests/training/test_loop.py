@@ -1,0 +1,114 @@
+"""A run can be killed, stopped, moved to more ranks, and lose its disk, without losing its numbers."""
+
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import distributed
+from training.run import TrainingError
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+spec = importlib.util.spec_from_file_location("toy", HERE / "toy.py")
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def script(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
+    head = [sys.executable]
+    if ranks > 1:
+        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*head, str(HERE / "toy.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """20 undisturbed steps on one rank: (weights, loss by step)."""
+    folder = tmp_path_factory.mktemp("reference")
+    torch.set_num_threads(1)
+    _, weights = toy.run(folder, 20, toy.Toy())
+    return weights, losses(folder)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_killed_and_restarted_ends_bitwise_where_an_undisturbed_one_does(reference, tmp_path):
+    killed = script(tmp_path, 20, 13)
+    assert killed.returncode == -9, killed.stderr
+    assert max(losses(tmp_path)) == 12
+    finished, weights = toy.run(tmp_path, 20, toy.Toy())
+    assert finished and same(weights, reference[0])
+    assert losses(tmp_path) == reference[1]
+
+
+def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tmp_path):
+    toy.run(tmp_path, 20, toy.Toy(stop_at=10))
+    done = script(tmp_path, 20, ranks=2)
+    assert done.returncode == 0, done.stderr
+    curve = losses(tmp_path)
+    assert curve.keys() == reference[1].keys()
+    assert all(abs(curve[k] - v) <= 1e-4 * abs(v) for k, v in reference[1].items())
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.allclose(weights[name], w, atol=1e-5) for name, w in reference[0].items())
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(reference, tmp_path):
+    finished, _ = toy.run(tmp_path, 20, toy.Toy(stop_at=7))
+    assert not finished
+    assert [step for step, _ in distributed.checkpoints(tmp_path / "checkpoints")] == [5, 7]
+    _, weights = toy.run(tmp_path, 20, toy.Toy())
+    assert same(weights, reference[0])
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_loadable(reference, tmp_path):
+    toy.run(tmp_path, 20, toy.Toy(stop_at=5))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills(toy.Toy):
+        def after_step(self, step):
+            if step == 9:  # from here on no file may grow past 3 kB: the weights' shard is larger
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+            return {}
+
+    try:
+        with pytest.raises(TrainingError, match=r"was not written .*step-00000005 is intact"):
+            toy.run(tmp_path, 20, Fills(), log_every=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _, weights = toy.run(tmp_path, 20, toy.Toy(), log_every=1)
+    assert same(weights, reference[0])
+
+
+def test_another_configuration_is_refused_in_the_same_folder(tmp_path):
+    toy.run(tmp_path, 2, toy.Toy())
+    with pytest.raises(TrainingError, match="global_batch 8, now it is 16"):
+        toy.run(tmp_path, 2, toy.Toy(), global_batch=16)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="micro_batch"):
+        toy.train(toy.Toy(), toy.recipe(1), None, distributed.Ranks(0, 3, torch.device("cpu"), None), None)

@@ -1,0 +1,95 @@
+"""A stage small enough to kill: a two-layer network with dropout that learns noisy sums.
+
+python tests/training/toy.py RUN STEPS [KILL_AT]     (or under torchrun)
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config.training import Optimizer, Recipe, Schedule, Validation
+from training import distributed
+from training.loop import Stage, count_up, train
+from training.run import Run
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 1)
+
+    def forward(self, batch, step):
+        h = nn.functional.dropout(self.first(batch["x"]).tanh(), 0.2, self.training)
+        noise = 0.1 * torch.randn(len(h), 1)
+        return {"loss": (self.last(h) + noise - batch["x"].sum(-1, keepdim=True)).square().mean()}
+
+
+class Samples:
+    """Sample n is a function of n."""
+
+    def __getitem__(self, n: int) -> dict:
+        x = torch.randn(6, generator=torch.Generator().manual_seed(n))
+        return {"x": x.numpy(), "n": n}
+
+
+class Toy(Stage):
+    def __init__(self, kill_at: int = 0, stop_at: int = 0):
+        torch.manual_seed(3)
+        self.module = Net()
+        self.layers = [self.module.first]
+        self.kill_at, self.stop_at = kill_at, stop_at
+
+    def after_step(self, step):
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+
+def recipe(steps: int, **changes) -> Recipe:
+    fields = {
+        "stage": "toy",
+        "model": "toy",
+        "steps": steps,
+        "global_batch": 8,
+        "micro_batch": 2,
+        "optimizer": Optimizer(learning_rate=1e-2, weight_decay=0.01),
+        "schedule": Schedule(kind="cosine", warmup=3),
+        "ema": 0.9,
+        "log_every": 1,
+        "checkpoint_every": 5,
+        "validation": Validation(every=1000),
+    }
+    return Recipe(**{**fields, **changes})
+
+
+def run(folder: Path, steps: int, stage: Toy, **changes) -> tuple[bool, dict]:
+    """Train and return (finished, whole weights on rank 0)."""
+    ranks = distributed.start("cpu")
+    try:
+        plan = recipe(steps, **changes)
+        share = plan.global_batch // ranks.size
+        log = Run(folder, plan, ranks.rank, ranks.size)
+
+        def batches(start):
+            return count_up(start, Samples(), share, plan.global_batch, ranks.rank)
+
+        try:
+            finished = train(stage, plan, log, ranks, batches)
+        finally:
+            log.close()
+        return finished, distributed.full_weights(stage.module)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _, weights = run(Path(sys.argv[1]), int(sys.argv[2]), Toy(int(sys.argv[3]) if len(sys.argv) > 3 else 0))
+    if weights:
+        torch.save(weights, Path(sys.argv[1]) / "weights.pt")
