@@ -79,7 +79,15 @@ class PolicyClient(Strict):
     inject_latency_ms: float = Field(
         0.0, ge=0, le=5000, description="added to every inference, for experiments"
     )
-    seed: int = Field(0, ge=0, description="noise seed of the first chunk; each further chunk adds one")
+    seed: int = Field(0, ge=0, description="noise seed of every request; each refused chunk adds one")
+
+
+# ViPRA section 5.4: "3.5 Hz" and "7 Hz" are executed actions per second, one inference in 2 s.
+PRESETS: dict[str, dict[str, str | float]] = {
+    "3.5hz": {"mode": "synchronous", "action_rate_hz": 15.0, "replan_after": 7, "min_cycle_s": 2.0},
+    "7hz": {"mode": "synchronous", "action_rate_hz": 15.0, "replan_after": 14, "min_cycle_s": 2.0},
+    "22hz": {"mode": "asynchronous", "anchor": "append", "action_rate_hz": 22.0, "replan_after": 14},
+}
 
 
 class Simulation(Strict):

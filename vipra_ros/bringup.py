@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from config.loading import ConfigError, Strict, load, parse
-from config.robot import Robot
+from config.robot import PRESETS, Robot
 from vipra_ros.process import Child, stop_all, wait_for
 
 Kind = Literal["bimanual", "single", "policy_server"]
@@ -49,6 +49,10 @@ class Arguments(Strict):
         None, description="folder with CURVE keys (vipra keys); other machines need them"
     )
     task: str | None = Field(None, description="instruction for the policy")
+    preset: Literal["3.5hz", "7hz", "22hz"] | None = Field(
+        None,
+        description="a protocol of the paper; rate, replan_after, mode and anchor go before it",
+    )
     rate: float | None = Field(None, description="executed actions per second, at most 22")
     replan_after: Literal[7, 14] | None = Field(None, description="actions of each chunk that run: 7 or 14")
     mode: Literal["asynchronous", "synchronous"] | None = Field(
@@ -191,7 +195,8 @@ def _other(kind: Kind) -> str:
 
 def _changes(kind: Kind, said: Arguments, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted robot field -> new value."""
-    changes = {
+    preset = {f"policy.{field}": value for field, value in PRESETS.get(said.preset, {}).items()}
+    changes = preset | {
         target: getattr(said, name) for name, target in _FIELDS.items() if getattr(said, name) is not None
     }
     if said.robot_ip:

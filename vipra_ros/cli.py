@@ -118,6 +118,10 @@ def demo(
     anchor: Annotated[
         Literal["observation", "append"], typer.Option(help="asynchronous: where a chunk's time starts")
     ] = "observation",
+    preset: Annotated[
+        Literal["3.5hz", "7hz", "22hz"] | None,
+        typer.Option(help="a protocol of the paper, instead of rate, replan-after, mode and anchor"),
+    ] = None,
     inject_latency_ms: Annotated[float, typer.Option(min=0, max=5000, help="added to every inference")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the report; default runs/demo/<time>")] = None,
@@ -126,11 +130,12 @@ def demo(
     ] = None,
 ):
     """Run the whole system on this machine with two simulated arms, and write a report."""
-    from vipra_ros.demo import SHIPPED, Settings, run
+    from vipra_ros.demo import Settings, run
 
-    policy = policy or SHIPPED[anchor if mode == "asynchronous" else "observation"]
-    settings = Settings(duration, rate, int(replan_after), mode, anchor, inject_latency_ms, seed, policy)
-    raise typer.Exit(run(settings, out))
+    settings = Settings(
+        duration, rate, int(replan_after), mode, anchor, inject_latency_ms=inject_latency_ms, seed=seed
+    )
+    raise typer.Exit(run(settings.following(preset, policy), out))
 
 
 @app.command()

@@ -123,10 +123,23 @@ class _Request:
 @dataclass
 class Counts:
     requests: int = 0
+    prefetches: int = 0
     chunks: int = 0  # sent to the arms
     failures: int = 0  # requests without a chunk
     refused: int = 0  # chunks that the safety check here or the arms refused
     in_a_row: int = field(default=0)
+
+
+def connect(config: PolicyConfig, embodiment: Embodiment) -> PolicyClient:
+    """The connection that `config` describes. Raises ValueError, KeyFileError."""
+    return PolicyClient(
+        config.server,
+        config.server_public_key,
+        config.client_secret_key,
+        timeout_s=config.deadline_s + 0.5,
+        jpeg_quality=config.jpeg_quality,
+        embodiment=embodiment,
+    )
 
 
 class Commander:
@@ -171,6 +184,8 @@ class Commander:
         self._unacknowledged: dict[int, float] = {}  # seq -> sent to the arms at
         self._rejection = ""  # the last one that was looked at
         self.commanded = -1  # seq of the last chunk that went to the arms
+        # The same noise every time: a chunk is then a function of what the policy sees alone and follows on
+        # from the last one. With fresh noise successive chunks differ by the whole spread of its answers.
         self._seed = config.seed
 
     @property
@@ -182,10 +197,12 @@ class Commander:
 
     def on_picture(self, rgb: np.ndarray, stamp_s: float) -> None:
         """uint8 [h, w, 3] captured at `stamp_s`; kept, not copied."""
-        off_s = self._clock.now() - stamp_s
+        now = self._clock.now()
+        off_s = now - stamp_s
         self._wrong_clock_s = off_s if abs(off_s) > WRONG_CLOCK_S else None
         if self._wrong_clock_s is None:
             self._history.add(rgb, stamp_s)
+            self._prefetch(rgb, now)
 
     def on_joints(self, arm: str, stamp_s: float, positions: np.ndarray) -> None:
         """Measured positions of one arm in the embodiment's order: 7 rad, and its hand's opening if any."""
@@ -333,15 +350,20 @@ class Commander:
 
     def _chunk_refused(self, seq: int, text: str) -> Problem | None:
         self._unacknowledged.pop(seq, None)
-        self.counts.refused += 1
-        self.counts.in_a_row += 1
-        self.planner.refused()
+        self._count_refusal()
         code, _, words = text.partition(" ")
         if code in ("lease", "epoch"):
             self.lease = None
         if code not in (*PASSING, "lease", "epoch", "lost") or self.counts.in_a_row >= GIVE_UP:
             return Problem(f"the arms refuse chunk {seq}: {code}: {words}", fatal=True)
         return None
+
+    def _count_refusal(self) -> None:
+        """Ask again at once, and with other noise: the same would answer the same to what hardly changed."""
+        self.counts.refused += 1
+        self.counts.in_a_row += 1
+        self._seed += 1
+        self.planner.refused()
 
     def _latched(self) -> bool:
         return self.arms is not None and self.arms.state in LATCHED
@@ -384,9 +406,7 @@ class Commander:
                 chunk = self._checked(answer, timing, now)
             except Rejected as error:
                 self._end(answer.seq, "refused", f"{error.code}: {error}", answer)
-                self.counts.refused += 1
-                self.counts.in_a_row += 1
-                self.planner.refused()
+                self._count_refusal()
                 if self.counts.in_a_row >= GIVE_UP:
                     self.stop(f"{GIVE_UP} chunks in a row were unsafe; the last: {error}", State.STOPPED)
                 continue
@@ -430,6 +450,17 @@ class Commander:
         if off > limit:
             raise Rejected("jump", f"the chunk is {off:.3f} rad from the running motion, limit {limit:.3f}")
 
+    def _prefetch(self, rgb: np.ndarray, now: float) -> None:
+        """Send the newest picture ahead if the next request will show it as o_{t-1} and the server gains.
+
+        The request goes through the same `fit` and JPEG encoder, so the server sees the same pixels again.
+        """
+        metadata, history_s = self.client.metadata, self._embodiment.history_seconds
+        if self.state is not State.RUNNING or metadata is None or not metadata.supports_prefetch:
+            return
+        if self.planner.precedes_request(history_s, now):
+            self.counts.prefetches += self.client.prefetch(images.fit(rgb, metadata.image_size), self.task)
+
     def _ask(self, now: float) -> None:
         pair = self._history.pair()
         if pair is None or self._open or self._arrived or not self.planner.should_request(now):
@@ -445,7 +476,6 @@ class Commander:
         except ValueError as error:
             self.stop(f"this cannot be asked: {error}", State.STOPPED)
             return
-        self._seed += 1
         self._open[seq] = request
         self.planner.sent(seq, t_obs, now)
         self.counts.requests += 1

@@ -5,13 +5,14 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from config.embodiment import Embodiment
 from config.loading import load
+from config.robot import PRESETS
 from config.safety import Safety
 from simulation.check import Limits, violations
 from simulation.control import SimulationControl, SimulationError
@@ -41,9 +42,19 @@ class Settings:
     replan_after: int = 7
     mode: str = "asynchronous"
     anchor: str = "observation"
+    min_cycle_s: float = 0.0
     inject_latency_ms: float = 0.0
     seed: int = 0
     policy: str = SHIPPED["observation"]
+
+    def following(self, preset: str | None, policy: str | None) -> "Settings":
+        """With one of the paper's protocols, and `policy` or the shipped one that fits."""
+        fields = dict(PRESETS.get(preset, {}))
+        if "action_rate_hz" in fields:
+            fields["rate_hz"] = fields.pop("action_rate_hz")
+        settings = replace(self, **fields)
+        fits = settings.anchor if settings.mode == "asynchronous" else "observation"
+        return replace(settings, policy=policy or SHIPPED[fits])
 
 
 @dataclass
@@ -101,6 +112,7 @@ def describe(settings: Settings, slot: Slot, folder: Path) -> bringup.Graph:
         "run_dir": str(folder),
     }
     overrides = {
+        "policy.min_cycle_s": settings.min_cycle_s,
         "simulation.name": slot.name,
         "arms.left.hostname": slot.host(1),
         "arms.right.hostname": slot.host(2),

@@ -62,6 +62,22 @@ def test_arguments_reach_robot_and_nodes():
     assert r'policy.task:="say \"hi\": {x}"' in graph.processes[-1].argv()
 
 
+@pytest.mark.parametrize(
+    ("preset", "cycle_s", "expected"),
+    [
+        ("3.5hz", 2.0, ("synchronous", 15.0, 7)),
+        ("7hz", 2.0, ("synchronous", 15.0, 14)),
+        ("22hz", 0.0, ("asynchronous", 22.0, 14)),
+    ],
+)
+def test_a_preset_is_the_papers_protocol_and_other_arguments_go_before_it(preset, cycle_s, expected):
+    policy = bringup.describe("bimanual", {"preset": preset}).robot.policy
+    assert (policy.mode, policy.action_rate_hz, policy.replan_after) == expected
+    assert policy.min_cycle_s == cycle_s
+    slower = bringup.describe("bimanual", {"preset": preset, "rate": "5"}).robot.policy
+    assert (slower.action_rate_hz, slower.replan_after) == (5.0, expected[2])
+
+
 def test_single_arm_has_one_address():
     graph = bringup.describe("single", {"robot_ip": "10.0.0.3"})
     assert [arm.hostname for arm in graph.robot.arms.values()] == ["10.0.0.3"]

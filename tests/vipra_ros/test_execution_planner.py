@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from config.loading import load
-from config.robot import PolicyClient
+from config.robot import PRESETS, PolicyClient
 from config.safety import Safety
 from vipra_ros.execution.chunk import Chunk
-from vipra_ros.execution.planner import PAPER, RETRY_S, Planner
+from vipra_ros.execution.planner import RETRY_S, Planner
 from vipra_ros.execution.reference import JoinInfo, Reference
 from vipra_ros.safety.limits import JointLimits
 
@@ -133,16 +133,16 @@ def test_append_too_slow_even_for_a_whole_chunk_lowers_its_rate():
 
 @pytest.mark.parametrize(("name", "per_second"), [("3.5hz", 3.5), ("7hz", 7.0)])
 def test_the_papers_synchronous_rates_are_executed_actions_per_second(name, per_second):
-    run = timeline(0.51, seconds=21.0, **PAPER[name])
+    run = timeline(0.51, seconds=21.0, **PRESETS[name])
     steady = np.diff(run.requests)
     np.testing.assert_allclose(steady, 2.0, atol=0.01)
-    n = PAPER[name]["replan_after"]
+    n = PRESETS[name]["replan_after"]
     assert indices(run, 4) == list(range(n))
     assert n / steady.mean() == pytest.approx(per_second, rel=0.01)
 
 
 def test_the_papers_22_hz_runs_22_actions_a_second():
-    run = timeline(0.51, **PAPER["22hz"])
+    run = timeline(0.51, **PRESETS["22hz"])
     assert run.starved == 0
     assert len(run.executed) / (20.0 - 0.55) == pytest.approx(22.0, rel=0.02)
 
@@ -194,6 +194,35 @@ def test_a_refused_chunk_leaves_the_one_before_it_in_charge():
     assert planner.should_request(0.6)
     planner.sent(3, 0.62, 0.63)
     assert planner.received(3, 0.7).t0 == pytest.approx(first.t0 + 14 / 22.0)
+
+
+def test_the_picture_that_the_next_request_will_look_back_to_is_known_when_it_arrives():
+    """At every phase between camera and requests, with arrivals that jitter by 2 ms."""
+    rng = np.random.default_rng(0)
+    history_s, right, asked = 2 * FRAME, 0, 0
+    for phase in np.linspace(0.0, FRAME, 200, endpoint=False):
+        planner = Planner(PolicyClient(action_rate_hz=22.0, replan_after=7), H, FRAME)
+        planner.sent(1, 0.0, 0.02)
+        planner.received(1, 0.1)
+        arrivals = [0.1 + phase + k * FRAME + 0.002 * rng.random() for k in range(20)]
+        foreseen = [k for k, at in enumerate(arrivals) if planner.precedes_request(history_s, at)]
+        due = next(t for t in np.arange(0.1, 1.0, 0.001) if planner.should_request(t))
+        newest = max(k for k, at in enumerate(arrivals) if at <= due)
+        asked += 1
+        right += newest - 2 in foreseen
+        assert len(foreseen) <= 2
+    assert right > 0.9 * asked
+
+
+def test_no_picture_is_foreseen_while_a_request_is_out_or_leaves_at_once():
+    planner = Planner(PolicyClient(), H, FRAME)
+    assert not planner.precedes_request(2 * FRAME, 0.0)
+    planner.sent(1, 0.0, 0.02)
+    assert not planner.precedes_request(2 * FRAME, 0.05)
+    planner.received(1, 0.1)
+    assert any(planner.precedes_request(2 * FRAME, t) for t in np.arange(0.1, 0.6, FRAME))
+    planner.refused()
+    assert not any(planner.precedes_request(2 * FRAME, t) for t in np.arange(0.1, 0.6, FRAME))
 
 
 def test_restart_forgets_chunks_but_not_latencies():

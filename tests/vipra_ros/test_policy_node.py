@@ -178,7 +178,7 @@ def test_chunks_reach_both_arms_whole_in_order_and_timed_by_the_observation(scen
     wait_for(lambda: viewers, 5, "the viewers' chunk")
     assert len(viewers[-1].joint_names) == 16 and len(viewers[-1].points) == 14
     assert {"timing", "latency_ms", "seed", "sent", "received"} <= set(scene.log()[0])
-    assert [line["seed"] for line in scene.log()][:3] == [0, 1, 2]
+    assert {line["seed"] for line in scene.log()} == {0}, "the same noise every time"
 
 
 def test_the_earlier_picture_is_the_one_history_seconds_before_the_newest(scene):

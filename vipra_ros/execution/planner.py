@@ -7,9 +7,11 @@ observation
     Chunk k is due from t_obs(k), so it starts L late and runs out at t_obs(k) + H / r; the first one after a
     rest is due from its arrival, since its picture still holds. The next request cannot leave before k has
     come, and its chunk runs R <= L after that: gap-free when L + R <= H / r, for certain when 2 L <= H / r.
-    The highest gap-free rate is H / (2 L_p99), whatever `replan_after` is. With n = `replan_after`, the next
-    chunk is planned to take over n actions after this one did. That needs L <= n / r (asked and answered
-    within n actions) and L <= (H - n) / r (n are left when this one starts); for n = 7 of 14 both say
+    The highest gap-free rate is H / (2 L_p99), whatever `replan_after` is. It leaves no time to ask again: a
+    refused chunk costs a gap of R there (H / (3 L_p99) would cost none, and a third of the rate always).
+    With n = `replan_after`, the next chunk is planned to take over n actions after this one did. That needs
+    L <= n / r (asked and answered within n actions) and L <= (H - n) / r (n are left when this one starts);
+    for n = 7 of 14 both say
     L <= H / (2 r). Where they fail the next chunk takes over later, at the latest when this one ends.
 append
     A chunk begins where the last one ends, n actions after that began, so only R counts: H / R_p99.
@@ -29,12 +31,6 @@ DELIVERY_S = 0.02  # from an answer's arrival to the first tick that follows it:
 SETTLE_S = 0.15  # synchronous: from the last action to an arm at rest, 0.5 rad/s at 5 rad/s2 and a margin
 RETRY_S = 0.1  # after a failed request
 WINDOW = 100  # latencies remembered
-
-PAPER = {  # ViPRA section 5.4: "3.5 Hz" and "7 Hz" are executed actions per second, one inference in 2 s
-    "3.5hz": {"mode": "synchronous", "action_rate_hz": 15.0, "replan_after": 7, "min_cycle_s": 2.0},
-    "7hz": {"mode": "synchronous", "action_rate_hz": 15.0, "replan_after": 14, "min_cycle_s": 2.0},
-    "22hz": {"mode": "asynchronous", "anchor": "append", "action_rate_hz": 22.0, "replan_after": 14},
-}
 
 
 @dataclass(frozen=True)
@@ -115,6 +111,17 @@ class Planner:
         total = 1e3 * (np.array(self._answer) + np.array(self._age))
         p50, p95, p99 = np.quantile(total, (0.5, 0.95, 0.99), method="higher").tolist()
         return Latency(p50, p95, p99, len(total))
+
+    def precedes_request(self, history_s: float, now: float) -> bool:
+        """Whether the picture that arrived at `now` should be the o_{t-1} of the next request.
+
+        That request will take the newest picture there is when it is due, and this one must lie `history_s`
+        before it. False while none is scheduled, or the next one leaves at once.
+        """
+        if self._in_flight is not None or not now < self._next < math.inf:
+            return False
+        following = math.floor((self._next - now) / self._frame_period)
+        return following == round(history_s / self._frame_period) > 0
 
     def should_request(self, now: float) -> bool:
         """Whether to send a request with the newest frame now."""

@@ -32,11 +32,10 @@ from config.embodiment import Embodiment
 from config.loading import ConfigError, load
 from config.safety import Safety
 from config.workcell import Workcell
-from policy_server.client import PolicyClient
 from policy_server.keys import KeyFileError
 from simulation.state import StateError
 from vipra_ros.clock import make_clock, to_stamp
-from vipra_ros.commander import ArmsStatus, Commander, State
+from vipra_ros.commander import ArmsStatus, Commander, State, connect
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.execution.planner import Planner
 from vipra_ros.parameters import declare_robot, declare_run_dir, revise
@@ -81,14 +80,7 @@ class PolicyNode(Node):
         self._resources.callback(self._executor_clock.close)
         gate = Supervisor(safety, arms, load(Workcell, robot.workcell), home, self._executor_clock.now())
         try:
-            self._client = PolicyClient(
-                self._config.server,
-                self._config.server_public_key,
-                self._config.client_secret_key,
-                timeout_s=self._config.deadline_s + 0.5,
-                jpeg_quality=self._config.jpeg_quality,
-                embodiment=embodiment,
-            )
+            self._client = connect(self._config, embodiment)
         except ValueError as error:
             raise ConfigError(f"policy.server: {error}") from error
         self._resources.callback(self._client.close)
@@ -334,6 +326,7 @@ class PolicyNode(Node):
             "chunk_age_s": "" if age_s is None else f"{age_s:.3f}",
             "seq": commander.commanded,
             "requests": counts.requests,
+            "prefetches": counts.prefetches,
             "chunks": counts.chunks,
             "failures": counts.failures,
             "refused": counts.refused,

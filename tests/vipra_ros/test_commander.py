@@ -1,0 +1,185 @@
+"""The commander on a clock of the test's own: what it asks, with which noise and pictures. No ROS."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks.standin import StandIn
+from config.embodiment import Embodiment
+from config.loading import load
+from config.robot import PolicyClient as PolicyConfig
+from config.safety import Safety
+from policy_server import keys
+from policy_server.protocol import Chunk as Answer
+from policy_server.router import Server
+from vipra_ros.commander import ArmsStatus, Commander, State, connect
+from vipra_ros.execution.planner import Planner
+from vipra_ros.safety.supervisor import Supervisor
+
+BODY = load(Embodiment, "franka_bimanual")
+HOME = np.tile([0.0, -0.785398, 0.0, -2.356194, 0.0, 1.570796, 0.785398, 1.0], 2)
+JOINTS = np.array([d.kind == "joint" for d in BODY.dimensions])
+PERIOD_S, SIZE = 1 / 30, (48, 64)
+
+
+class ScriptedClient:
+    """Answers each request `latency_s` later with rest at home, where `stray(request number)` 0.2 rad off."""
+
+    def __init__(self, clock, latency_s: float, stray=lambda number: False, **metadata):
+        self.clock, self.latency_s, self.stray = clock, latency_s, stray
+        self.metadata = StandIn("franka_bimanual", image_size=SIZE, **metadata).metadata
+        self.requests: list[SimpleNamespace] = []
+        self.prefetched: list[np.ndarray] = []
+        self._due: list[tuple[float, Answer]] = []
+
+    def hello(self, timeout_s):
+        return self.metadata
+
+    def submit(self, pictures, task, t_obs, seed, state, deadline_ms):
+        number = len(self.requests)
+        self.requests.append(SimpleNamespace(pictures=pictures, seed=seed, at=self.clock.now()))
+        rows = np.tile(HOME + 0.2 * JOINTS * self.stray(number), (14, 1)).astype(np.float32)
+        answer = Answer(session="s", seq=number, t_obs=t_obs, actions=rows)
+        self._due.append((self.clock.now() + self.latency_s, answer))
+        return number
+
+    def prefetch(self, picture, task):
+        self.prefetched.append(picture)
+        return True
+
+    def poll(self):
+        due = [answer for at, answer in self._due if at <= self.clock.now()]
+        self._due = [(at, answer) for at, answer in self._due if at > self.clock.now()]
+        return due
+
+    def cancel(self, seq):
+        pass
+
+
+class Robot:
+    """Commander, arms that accept everything, and a camera whose pictures are noise, each another."""
+
+    def __init__(self, client_of, config: PolicyConfig):
+        self.clock = SimpleNamespace(t=100.0)
+        self.clock.now = lambda: self.clock.t
+        self.client = client_of(self.clock)
+        self.sent: list[tuple[float, int]] = []
+        self.lines: list[dict] = []
+        gate = Supervisor(load(Safety, "fr3"), ("left", "right"), None, HOME[JOINTS], self.clock.t)
+        planner = Planner(config, BODY.horizon, PERIOD_S)
+        self.commander = Commander(
+            config,
+            BODY,
+            ("left", "right"),
+            self.client,
+            planner,
+            gate,
+            self.clock,
+            self._send,
+            self.lines.append,
+        )
+        self.rng = np.random.default_rng(0)
+        self._picture_at = self.clock.t
+        self.commander.start()
+
+    def _send(self, seq, chunk):
+        if chunk is not None:
+            self.sent.append((self.clock.t, seq))
+
+    def step(self) -> None:
+        """10 ms of camera, arms and commander."""
+        commander, now = self.commander, self.clock.t
+        if now >= self._picture_at:
+            picture = self.rng.integers(0, 256, (*SIZE, 3), np.uint8)
+            commander.on_picture(picture, self._picture_at - 0.005)
+            self._picture_at += PERIOD_S
+        for arm, part in (("left", HOME[:8]), ("right", HOME[8:])):
+            commander.on_joints(arm, now, part)
+        accepted = self.sent[-1][1] if self.sent else -1
+        commander.on_arms(ArmsStatus("RUNNING", "", commander.lease or "", now, accepted, ""))
+        commander.tick()
+        if commander.wants_lease:
+            commander.granted("lease:0")
+        self.clock.t += 0.01
+
+    def run(self, seconds: float) -> "Robot":
+        end = self.clock.t + seconds
+        while self.clock.t < end:
+            self.step()
+        assert self.commander.state is State.RUNNING, self.commander.reason
+        return self
+
+
+def simulated(seconds, latency_s=0.08, stray=lambda number: False, metadata=(), **policy) -> Robot:
+    config = PolicyConfig(task="stack", **policy)
+    return Robot(lambda clock: ScriptedClient(clock, latency_s, stray, **dict(metadata)), config).run(seconds)
+
+
+def test_every_request_of_a_run_carries_the_same_noise():
+    robot = simulated(3.0, seed=7)
+    assert len(robot.client.requests) > 5
+    assert {request.seed for request in robot.client.requests} == {7}
+    assert robot.commander.counts.refused == 0
+
+
+def test_a_refused_chunk_is_asked_again_at_once_with_other_noise():
+    robot = simulated(3.0, stray=lambda number: number == 4, seed=7)
+    requests = robot.client.requests
+    assert [line["seq"] for line in robot.lines if line["outcome"] == "refused"] == [4]
+    assert [request.seed for request in requests[:5]] == [7] * 5
+    assert {request.seed for request in requests[5:]} == {8}
+    assert requests[5].at - requests[4].at == pytest.approx(0.08, abs=0.021), "as soon as it was refused"
+
+
+def test_at_the_gap_free_rate_nothing_starves_as_long_as_nothing_is_refused():
+    robot = simulated(20.0, latency_s=0.51, replan_after=14)
+    planner, lines = robot.commander.planner, [line for line in robot.lines if line["outcome"] == "sent"]
+    assert (
+        planner.rate_hz == pytest.approx(14 / (2 * planner.latency().p99 / 1000), rel=0.04)
+        and planner.announcement
+    )
+    ends = [line["t0"] + line["actions"] / line["rate_hz"] for line in lines]
+    arrivals = [at for at, _ in robot.sent]
+    assert len(lines) > 20 and all(at < end for at, end in zip(arrivals[1:], ends, strict=False))
+
+
+def test_most_requests_find_their_earlier_picture_prefetched_pixel_for_pixel():
+    robot = simulated(10.0, metadata={"supports_prefetch": True})
+    requests, ahead = robot.client.requests, {picture.tobytes() for picture in robot.client.prefetched}
+    hits = sum(request.pictures[0].tobytes() in ahead for request in requests)
+    assert len(requests) > 25 and hits > 0.75 * len(requests)
+    assert len(ahead) < 1.3 * len(requests) and robot.commander.counts.prefetches == len(
+        robot.client.prefetched
+    )
+
+
+def test_a_server_that_gains_nothing_from_it_is_sent_nothing_ahead():
+    assert simulated(3.0).client.prefetched == []
+
+
+def test_prefetch_hits_through_curve_and_jpeg(tmp_path):
+    for name in (keys.SERVER, "robot"):
+        keys.generate(tmp_path, name)
+    policy = StandIn("franka_bimanual", 0.02, image_size=SIZE, supports_prefetch=True)
+    policy.actions = lambda request: np.tile(HOME, (14, 1)).astype(np.float32)
+    with Server(lambda: policy, "tcp://127.0.0.1:*", keys=tmp_path) as server:
+        assert server.ready.wait(10)
+        config = PolicyConfig(
+            task="stack",
+            server=server.endpoint,
+            server_public_key=str(tmp_path / "server.key"),
+            client_secret_key=str(tmp_path / "robot.key_secret"),
+            jpeg_quality=90,
+        )
+        with connect(config, BODY) as client:
+            client.hello(10.0)
+            robot = Robot(lambda clock: client, config)
+            start = time.monotonic()
+            while len(robot.sent) < 12 and time.monotonic() < start + 30:
+                robot.step()
+                time.sleep(max(0.0, robot.clock.t - 100.0 - (time.monotonic() - start)))
+            counts = client.stats().counts
+    assert counts["chunk"] >= 12 and counts["prefetch_hit"] > 0.5 * counts["chunk"]
+    assert counts["prefetch"] == robot.commander.counts.prefetches
