@@ -62,6 +62,12 @@ class KVCache:
         self.v[layer, :batch, :, start:end] = v
         return self.k[layer, :batch], self.v[layer, :batch]
 
+    def place(self, row: int, end: int, k: Tensor, v: Tensor) -> None:
+        """Copy keys and values [layers, heads, T, head_dim] into the row's slots before `end`."""
+        start = end - k.shape[2]
+        self.k[:, row, :, start:end] = k
+        self.v[:, row, :, start:end] = v
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):

@@ -6,8 +6,9 @@ Training (stage 3); frames are o_{t-1}, o_t, and the VQGAN stays frozen:
     codes  = vqgan.encode(vqgan.to_input(frames.flatten(0, 1))).view(B, 2, -1)  # uint8 [B, 2, h, w, 3]
     loss   = policy.loss(texts, codes, normalizer.normalize(actions, state), bridge=encode_bridge(tokenizer))
 
-Inference is three calls over one static KV cache, once each for a chunk: `encode_text` (per task), `prefill`
-(frames and the first Euler step in one pass), `step` for every later evaluation. `sample` is those in order.
+Inference works over one static KV cache: `encode_text` (once a task), `prefill` (frames and the first Euler
+step in one pass), `step` for every later evaluation; `sample` is those in order. Below them, `prefill_frame`,
+`prefill_rows` and `prefix` touch only tensors they are given, so a GPU can record them (models.graphs).
 """
 
 from collections.abc import Sequence
@@ -32,13 +33,14 @@ from models.heads import (
 from models.sequence import Layout, Segment, Stage2
 
 STAGE2_WEIGHTS = {"vision": 0.48, "latent": 0.48, "text": 0.02}  # official; the paper has no text term
+ALIGNED = 16  # slots of a cache come in multiples of this
 Ids = Sequence[int] | Tensor  # token ids; a tensor on the model's device saves the copy
 
 
 @dataclass
 class TextPrefix:
-    """Keys and values of one prompt, [layers, heads, tokens, head_dim]: the same for every request with that
-    task.
+    """Keys and values [layers, heads, tokens, head_dim] of one prompt (or of o_{t-1} after one): the same for
+    every request that starts with it.
     """
 
     k: Tensor
@@ -149,11 +151,18 @@ class Policy(nn.Module):
     # cached inference
 
     def new_cache(self, batch: int, bridge: Ids, text_slots: int | None = None) -> KVCache:
-        """A cache for up to `batch` rows of `text_slots` (default: the config's) text slots, two frames and a
-        chunk.
+        """A cache for up to `batch` rows of `text_slots` text slots, two frames and a chunk.
+
+        Default: the config's text slots, and as many more as make rows of a mask as long as GPU kernels like.
         """
-        layout = self.layout(text_slots or self.config.max_text_tokens, bridge)
-        return KVCache(self.config, batch, layout.slots, self.device, self.dtype)
+        if text_slots is None:
+            text_slots = self.config.max_text_tokens
+            text_slots += -self.layout(text_slots, bridge).slots % ALIGNED
+        return KVCache(self.config, batch, self.layout(text_slots, bridge).slots, self.device, self.dtype)
+
+    def cache_layout(self, cache: KVCache, bridge: Ids) -> Layout:
+        """Where the parts of a sequence sit in a cache of `new_cache`."""
+        return self.layout(cache.slots - self.layout(0, bridge).slots, bridge)
 
     @torch.inference_mode()
     def encode_text(self, text: list[int]) -> TextPrefix:
@@ -163,7 +172,7 @@ class Policy(nn.Module):
         ids = torch.tensor([text], device=self.device)
         mask = torch.ones(n, n, dtype=torch.bool, device=self.device).tril()[None, None]
         rotation = rope(self.config, torch.arange(n, device=self.device)[None])
-        self.backbone(self.backbone.text_embedding(ids), rotation, mask, cache, tail=1)
+        self.backbone(self.backbone.text_embedding(ids), rotation, mask, cache, tail=0)
         return TextPrefix(cache.k[:, 0], cache.v[:, 0])
 
     @torch.inference_mode()
@@ -181,26 +190,56 @@ class Policy(nn.Module):
         Text lands right-aligned in the cache's text slots. Raises ValueError when a prompt is longer than
         those.
         """
-        batch = len(texts)
-        layout = self.layout(
-            cache.slots - self.config.vision_tokens - len(bridge) - self.config.horizon, bridge
-        )
-        end = layout.text_slots
+        end = self.cache_layout(cache, bridge).text_slots
         for row, text in enumerate(texts):
             if text.length > end:
                 raise ValueError(f"text of {text.length} tokens does not fit {end} slots")
-            cache.k[:, row, :, end - text.length : end] = text.k
-            cache.v[:, row, :, end - text.length : end] = text.v
+            cache.place(row, end, text.k, text.v)
         lengths = torch.tensor([text.length for text in texts]).to(self.device, non_blocking=True)
-        cos, sin = rope(self.config, sequence.positions(lengths, layout, start=end))
-        mask = sequence.attention_mask(lengths, layout, self.config.chunk_attention, start=end)
-        actions = self.action_encoder(noise, torch.full((batch,), s, device=self.device))
+        first = self.prefill_rows(lengths, codes, noise, cache, bridge, s)
+        return self.prefix(lengths, cache, bridge), first
+
+    def prefill_frame(self, lengths: Tensor, codes: Tensor, cache: KVCache, bridge: Ids) -> slice:
+        """Keys and values of o_{t-1}, codes [B, N], into its slots, which are returned: before o_t exists.
+
+        lengths [B]: real tokens of the rows' prompts, which are in the cache.
+        """
+        layout = self.cache_layout(cache, bridge)
+        ids = sequence.vision_ids(self.config, codes[:, None], more=True)
+        slots = slice(layout.text_slots, layout.text_slots + ids.shape[1])
+        rotation, mask = self._places(lengths, layout, slots)
+        x = self.backbone.vision_embedding(ids)
+        self.backbone(x, rotation, mask, cache, start=slots.start, tail=0)
+        return slots
+
+    def prefill_rows(
+        self, lengths: Tensor, codes: Tensor, noise: Tensor, cache: KVCache, bridge: Ids, s: float = 0.0
+    ) -> Tensor:
+        """g(noise, s) [B, H, D], filling the rest of the cache behind its prompts of `lengths` [B] tokens.
+
+        codes: o_{t-1} and o_t [B, 2, N], or only o_t [B, 1, N] behind what `prefill_frame` has filled.
+        """
+        layout = self.cache_layout(cache, bridge)
+        done = (2 - codes.shape[1]) * (self.config.frame_tokens + 1)
+        slots = slice(layout.text_slots + done, layout.slots)
+        actions = self.action_encoder(noise, torch.full((len(noise),), s, device=noise.device))
         x = torch.cat([self.embed_scene(codes, bridge), actions], 1)
-        hidden = self.backbone(x, (cos, sin), mask, cache, start=end, tail=layout.horizon)
-        h = layout.horizon
-        return Prefix(cache, layout, (cos[:, :, -h:], sin[:, :, -h:]), mask[:, :, -h:]), self.action_head(
-            hidden
-        )
+        rotation, mask = self._places(lengths, layout, slots)
+        hidden = self.backbone(x, rotation, mask, cache, start=slots.start, tail=layout.horizon)
+        return self.action_head(hidden)
+
+    def prefix(self, lengths: Tensor, cache: KVCache, bridge: Ids) -> Prefix:
+        """What `step` needs of rows that are filled."""
+        layout = self.cache_layout(cache, bridge)
+        slots = slice(layout.first_action, layout.slots)
+        return Prefix(cache, layout, *self._places(lengths, layout, slots))
+
+    def _places(self, lengths: Tensor, layout: Layout, slots: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Rotation and mask of the tokens in `slots`."""
+        n, choice = slots.stop - slots.start, self.config.chunk_attention
+        positions = sequence.positions(lengths, layout, slots.start)[:, :n]
+        mask = sequence.attention_mask(lengths, layout, choice, slots.start)[:, :, :n]
+        return rope(self.config, positions), mask
 
     @torch.inference_mode()
     def step(self, prefix: Prefix, u: Tensor, s: float) -> Tensor:

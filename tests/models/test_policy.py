@@ -4,7 +4,7 @@ import torch
 
 from models.backbone import KVCache
 from models.checkpoint import initialize
-from models.flow import schedule
+from models.flow import integrate, schedule
 from models.heads import ActionEncoder, time_embedding
 from models.policy import Policy
 from tests.models.sizes import small
@@ -168,6 +168,26 @@ def test_prefix_is_the_same_for_every_time_and_action(chunk):
     torch.testing.assert_close(kept[0], kept[1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_a_frame_filled_ahead_gives_the_same_chunk(choices):
+    policy, (codes, noise) = make(**choices), scene()
+    objective = policy.config.objective
+    whole, staged = policy.new_cache(4, BRIDGE, 40), policy.new_cache(4, BRIDGE, 40)
+    staged.k.normal_(), staged.v.normal_()  # whatever an earlier request left
+    texts = [policy.encode_text(text) for text in TEXTS]
+    wanted = policy.sample(texts, codes, noise, whole, BRIDGE)
+    lengths = torch.tensor([text.length for text in texts])
+    with torch.inference_mode():
+        for row, text in enumerate(texts):
+            staged.place(row, 40, text.k, text.v)
+        assert policy.prefill_frame(lengths, codes[:, 0], staged, BRIDGE) == slice(40, 57)
+        s = schedule(10, objective)[0][0]
+        first = policy.prefill_rows(lengths, codes[:, 1:], noise, staged, BRIDGE, s)
+        prefix = policy.prefix(lengths, staged, BRIDGE)
+        chunk = integrate(lambda u, s: policy.step(prefix, u, s), noise, 10, "euler", objective, first)
+    torch.testing.assert_close(chunk, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_first_velocity_of_prefill_is_the_first_step():
     policy, (codes, noise) = make(), scene()
     texts = [policy.encode_text(text) for text in TEXTS]
@@ -274,6 +294,8 @@ def test_cache_is_two_buffers_that_are_never_reallocated():
         policy.sample(texts, codes[:rows], noise[:rows], cache, BRIDGE)
     assert places == (cache.k.data_ptr(), cache.v.data_ptr())
     assert isinstance(cache, KVCache) and cache.slots == 40 + 34 + 3 + 14
+    default = policy.new_cache(1, BRIDGE)
+    assert default.slots % 16 == 0 and 0 <= default.slots - (128 + 34 + 3 + 14) < 16
 
 
 def test_schedule_starts_where_prefill_evaluates():
