@@ -241,7 +241,8 @@ def load(
     if verify:
         for name in sorted(set(files) - set(big)):
             folders.require_digest(folder / name, folders.digest(folder / name), files[name])
-    config, parts = _read_parts(folder, files)
+    config = read_config(folder)
+    parts = _read_parts(folder, config, files)
     with torch.device("meta"):
         full, policy, vqgan = Policy(config), Policy(config, serving), VQGAN(config.vqgan)
     policy, vqgan = policy.to(dtype).to_empty(device=device), vqgan.to_empty(device=device)
@@ -273,17 +274,24 @@ def load(
     return Checkpoint(config, policy.eval(), vqgan.eval(), hash=read_hash(folder), **parts)
 
 
-def _read_parts(folder: Path, files: dict[str, str]) -> tuple[ModelConfig, dict]:
-    """config.json, and the parts that are text by their field of Checkpoint. Raises CheckpointError."""
+def read_config(folder: Path | str) -> ModelConfig:
+    """Sizes and choices of a folder, nothing else of it. Raises CheckpointError."""
+    try:
+        data = json.loads(read_text(Path(folder), "config.json"))
+        if not isinstance(data, dict) or set(data) != {"format", "model"}:
+            raise ModelConfigError("expected the keys format and model")
+        return ModelConfig.from_dict(data["model"])
+    except (json.JSONDecodeError, ModelConfigError) as error:
+        raise CheckpointError(f"{folder}: config.json: {error}") from error
+
+
+def _read_parts(folder: Path, config: ModelConfig, files: dict[str, str]) -> dict:
+    """The parts that are text, by their field of Checkpoint. Raises CheckpointError."""
 
     def optional(name: str) -> str | None:
         return read_text(folder, name) if name in files else None
 
     try:
-        data = json.loads(read_text(folder, "config.json"))
-        if not isinstance(data, dict) or set(data) != {"format", "model"}:
-            raise ModelConfigError("expected the keys format and model")
-        config = ModelConfig.from_dict(data["model"])
         normalization, bins = optional("normalization.json"), optional("bins.json")
         parts = {
             "tokenizer": Tokenizer.from_json(read_text(folder, "tokenizer.json")),
@@ -291,7 +299,7 @@ def _read_parts(folder: Path, files: dict[str, str]) -> tuple[ModelConfig, dict]
             "embodiment": optional("embodiment.yaml"),
             "bins": bins and ActionBins.from_json(bins),
         }
-    except (json.JSONDecodeError, ModelConfigError, TokenizerError, NormalizationError, BinsError) as error:
+    except (TokenizerError, NormalizationError, BinsError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     check_parts(config, **parts)
-    return config, parts
+    return parts
