@@ -167,9 +167,11 @@ def imagine(
 ) -> Imagined:
     """Stage 2: frames' codes [B, 2, N] and prompts -> o_{t+H} and the latent actions that lead there.
 
-    The policy needs its token heads, which are not loaded for serving. `on_code` is called after each code.
+    `on_code` is called after each code. Raises ValueError for a policy loaded for serving.
     """
     config = policy.config
+    if policy.latent_head is None:
+        raise ValueError("a policy loaded for serving has no token heads: load with serving=False")
     tokens, _ = stage2_tokens(config, choice)
     prefixes = [policy.encode_text(text) for text in texts]
     slots = max(prefix.length for prefix in prefixes) + tokens
