@@ -29,6 +29,7 @@ from config.robot import PolicyClient
 
 DELIVERY_S = 0.02  # from an answer's arrival to the first tick that follows it: transport and two ticks
 SETTLE_S = 0.15  # synchronous: from the last action to an arm at rest, 0.5 rad/s at 5 rad/s2 and a margin
+TICK_S = 0.01  # about how often `should_request` is asked
 RETRY_S = 0.1  # after a failed request
 WINDOW = 100  # latencies remembered
 
@@ -120,7 +121,7 @@ class Planner:
         """
         if self._in_flight is not None or not now < self._next < math.inf:
             return False
-        following = math.floor((self._next - now) / self._frame_period)
+        following = math.floor((self._next + TICK_S / 2 - now) / self._frame_period)
         return following == round(history_s / self._frame_period) > 0
 
     def should_request(self, now: float) -> bool:
