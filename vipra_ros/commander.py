@@ -25,6 +25,7 @@ from policy_server import images, protocol
 from policy_server.client import Mismatch, PolicyClient, ServerUnavailable
 from vipra_ros.clock import Clock
 from vipra_ros.execution.chunk import Chunk, Rejected
+from vipra_ros.execution.history import FrameHistory
 from vipra_ros.execution.planner import Planner
 from vipra_ros.safety.supervisor import Supervisor
 
@@ -32,7 +33,6 @@ ARMS_SILENT_S = 2.0  # wall time; their status comes at 20 Hz
 JOINTS_OLD_S = 0.5
 WRONG_CLOCK_S = 5.0  # a capture stamp this far from now is not on this clock
 ACKNOWLEDGE_S = 1.0  # an accepted or refused chunk shows in the arms' status within milliseconds
-TOLERANCE = 0.4  # of history_seconds, by which the distance of o_{t-1} and o_t may be off
 GIVE_UP = 5  # failures or refusals in a row
 LATCHED = ("FAULT", "STOPPING", "STOPPED", "RECOVERING")
 # The server's errors that asking again cannot cure.
@@ -75,41 +75,6 @@ class ArmsStatus:
         lease = f"{values['lease']}:{values['epoch']}" if values["lease"] else ""
         time_s, seq = float(values["time_s"]), int(values["accepted_seq"])
         return cls(values["state"], message, lease, time_s, seq, values["rejected"])
-
-
-class FrameHistory:
-    """Pictures of the last moments: finds o_t, and o_{t-1} that lies `history_s` before it by stamp."""
-
-    def __init__(self, history_s: float):
-        self._history_s = history_s
-        self._frames: deque[tuple[float, np.ndarray]] = deque()
-
-    @property
-    def newest_s(self) -> float | None:
-        """Capture stamp of o_t; None before the first picture."""
-        return self._frames[-1][0] if self._frames else None
-
-    def add(self, rgb: np.ndarray, stamp_s: float) -> None:
-        """Remember uint8 [h, w, 3]; one not newer than the newest is dropped."""
-        if self._frames and stamp_s <= self._frames[-1][0]:
-            return
-        self._frames.append((stamp_s, rgb))
-        while len(self._frames) > 2 and self._frames[1][0] <= stamp_s - 1.5 * self._history_s:
-            self._frames.popleft()
-
-    def pair(self) -> tuple[np.ndarray, np.ndarray, float] | None:
-        """o_{t-1}, o_t and the stamp of o_t.
-
-        None while no picture lies within TOLERANCE of `history_s` before the newest: training saw that
-        distance, and another one shows another speed.
-        """
-        if not self._frames:
-            return None
-        newest_s, newest = self._frames[-1]
-        stamp_s, rgb = min(self._frames, key=lambda frame: abs(newest_s - self._history_s - frame[0]))
-        if abs(newest_s - self._history_s - stamp_s) > TOLERANCE * self._history_s:
-            return None
-        return rgb, newest, newest_s
 
 
 @dataclass
