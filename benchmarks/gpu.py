@@ -13,8 +13,8 @@
 
 Each step is a process of its own with its own time limit; its result is DIR/STEP.json, its output
 DIR/STEP.log. A step whose result exists is not run again, so a second call goes on where the first stopped;
---minutes stops before a step that would not fit. All steps together are meant to stay under 20 minutes on an H200. The end is
-DIR/summary.md: targets against measurements, and every table, ready for docs/benchmarks.md.
+--minutes stops before a step that would not fit. All steps together are meant to stay under 20 minutes on an
+H200. The end is DIR/summary.md: targets against measurements, and every table, ready for docs/benchmarks.md.
 """
 
 import argparse
@@ -195,9 +195,7 @@ def summary(out: Path, status: dict[str, str]) -> str:
 
     results = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
     first = next((r for r in results.values() if "device" in r), {})
-    text = [
-        f"{first.get('device')}, {first.get('date')}, commit {first.get('commit')}, torch {first.get('torch')}"
-    ]
+    text = [", ".join(str(first.get(key)) for key in ("device", "date", "commit", "torch"))]
     text += ["", "\n".join(f"- {name}: {what}" for name, what in status.items()), "", "## Targets", ""]
     text.append(common.markdown(targets(results), {k: k for k in ("what", "target", "floor", "measured")}))
     titles = {
