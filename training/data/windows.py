@@ -1,0 +1,135 @@
+"""What a stage cuts from an episode: which frames, actions and masks belong to a sample."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from training.data.augment import Draw, prepare
+from training.data.episode import DataError, Episode
+
+Unit = Literal["episode", "frame"]  # what one pass over a dataset counts
+
+
+def pick_view(episode: Episode, views: tuple[str, ...]) -> str:
+    """The first of `views` (all, if empty) that the episode has. Raises DataError."""
+    for view in views or episode.views:
+        if view in episode.views:
+            return view
+    raise DataError(f"{episode.key}: none of the views {', '.join(views) or '(any)'}; it has {episode.views}")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Stages 0 and 1: `frames` frames in a row from a random start of an episode; the end is repeat-padded.
+
+    With `views` = 2, of two views drawn from the episode's, synchronised; an episode with one view gives it
+    twice and `paired` False.
+    """
+
+    frames: int = 8
+    size: int = 224
+    views: Literal[1, 2] = 1
+    unit: Unit = "episode"
+
+    def first(self, length: int, stride: int, rng: np.random.Generator) -> int:
+        return int(rng.integers(max(length - (self.frames - 1) * stride, 1)))
+
+    def read(
+        self,
+        episode: Episode,
+        at: int,
+        stride: int,
+        views: tuple[str, ...],
+        rng: np.random.Generator,
+        change: Draw | None,
+    ) -> dict[str, Any]:
+        """frames u8 [F, s, s, 3] (two views: [2, F, s, s, 3] and paired), valid bool [F]."""
+        wanted = at + stride * np.arange(self.frames)
+        index = np.minimum(wanted, episode.length - 1)
+        known = [view for view in views or episode.views if view in episode.views]
+        pick_view(episode, views)
+        if self.views == 1:
+            view = known[int(rng.integers(len(known)))]
+            return {
+                "frames": prepare(episode.frames(view, index), self.size, change),
+                "valid": wanted == index,
+            }
+        pair = [known[i] for i in rng.permutation(len(known))[:2]]
+        frames = [prepare(episode.frames(view, index), self.size, change) for view in pair]
+        return {
+            "frames": np.stack([frames[0], frames[-1]]),
+            "paired": np.array(len(pair) == 2),
+            "valid": wanted == index,
+        }
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stage 2 and its labels: o_{t-1} .. o_{t+H} around frame t, both ends repeat-padded."""
+
+    horizon: int = 14
+    size: int = 256
+    unit: Unit = "frame"
+
+    def read(
+        self,
+        episode: Episode,
+        at: int,
+        stride: int,
+        views: tuple[str, ...],
+        rng: np.random.Generator,
+        change: Draw | None,
+    ) -> dict[str, Any]:
+        """frames u8 [H + 2, s, s, 3], valid bool [H + 2] (False: padded)."""
+        wanted = at + stride * np.arange(-1, self.horizon + 1)
+        index = np.clip(wanted, 0, episode.length - 1)
+        frames = episode.frames(pick_view(episode, views), index)
+        return {"frames": prepare(frames, self.size, change), "valid": wanted == index}
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Stage 3: o_{t-1} (`history_seconds` before o_t, by timestamp), o_t, and the actions of t .. t+H-1.
+
+    Action i is the command recorded with frame t+i; past the end the last one repeats and `mask` is False.
+    """
+
+    horizon: int = 14
+    size: int = 256
+    history_seconds: float = 1 / 15
+    unit: Unit = "frame"
+
+    def read(
+        self,
+        episode: Episode,
+        at: int,
+        stride: int,
+        views: tuple[str, ...],
+        rng: np.random.Generator,
+        change: Draw | None,
+    ) -> dict[str, Any]:
+        """frames u8 [2, s, s, 3], actions f32 [H, D], mask bool [H], state f32 [D] (zeros: none recorded)."""
+        if episode.actions is None:
+            raise DataError(
+                f"{episode.key}: has no actions; set action_key, or leave this dataset to stages 1 and 2"
+            )
+        before = history(episode.timestamps, at, self.history_seconds)
+        wanted = at + stride * np.arange(self.horizon)
+        index = np.minimum(wanted, episode.length - 1)
+        frames = episode.frames(pick_view(episode, views), [before, at])
+        state = np.zeros(episode.actions.shape[1], np.float32) if episode.state is None else episode.state[at]
+        return {
+            "frames": prepare(frames, self.size, change),
+            "actions": episode.actions[index],
+            "mask": wanted == index,
+            "state": state,
+        }
+
+
+Window = Clips | Windows | Chunks
+
+
+def history(timestamps: np.ndarray, at: int, seconds: float) -> int:
+    """The frame nearest to `seconds` before frame `at`; the first one where the episode is younger."""
+    return int(np.abs(timestamps[: at + 1] - (timestamps[at] - seconds)).argmin())
