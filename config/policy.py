@@ -19,6 +19,10 @@ class Policy(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on cuda, float32 on cpu"
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8: half the memory and faster; Hopper or later GPU (cpu: emulated, slow)"
+    )
+    cuda_graphs: bool = Field(True, description="record the computation once and replay it (cuda only)")
     max_batch: int = Field(4, ge=1, le=16, description="robots answered in one forward pass")
     sampler: Literal["euler", "heun"] = "euler"
     steps: int = Field(10, ge=1, le=100, description="integration steps (ViPRA section 4.3: 10)")

@@ -2,7 +2,7 @@
 
 Layout and tensor names are those of `diffusers.VQModel` without attention, which reproduces LWM's VQGAN:
 GroupNorm eps 1e-6, SiLU, downsampling pads bottom and right only, one more residual block a level in the
-decoder.
+decoder. `use_half_encoder` makes encoding fast on a GPU; choosing the code stays in the weights' precision.
 
 Images are [B, 3, h, w] in [-1, 1] (`to_input` from uint8 RGB). Train with
 
@@ -156,13 +156,17 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config)
 
     def to_input(self, frames: Tensor) -> Tensor:
-        """uint8 RGB [B, h, w, 3] -> [B, 3, h, w] in [-1, 1], in the weights' dtype (LWM: x / 127.5 - 1)."""
-        x = frames.permute(0, 3, 1, 2).to(self.quant_conv.weight.dtype)
-        return x / 127.5 - 1
+        """uint8 RGB [B, h, w, 3] -> [B, 3, h, w] in [-1, 1], in the encoder's dtype (LWM: x / 127.5 - 1)."""
+        x = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return x.to(self.encoder.conv_in.weight.dtype)
+
+    def use_half_encoder(self) -> None:
+        """bf16 and channels-last for the encoder, in place, for a GPU: a few codes near a tie may change."""
+        self.encoder.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
 
     def latents(self, x: Tensor) -> Tensor:
         """Encoder output before quantisation, [B, z, grid, grid]."""
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(self.encoder(x).to(self.quant_conv.weight.dtype))
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest codebook vector (L2), row-major [B, grid * grid] int64."""

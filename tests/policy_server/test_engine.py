@@ -28,7 +28,8 @@ def write(folder: Path, normalizer=None, embodiment="franka_bimanual", **choices
     normalizer = normalizer or unfitted(space.names, kinds, config.representation)
     tokenizer = Tokenizer.train([PROMPT.format(task=TASK), "<vision>", "</vision> <action>"], 300)
     text = (ROOT / "config" / "embodiments" / f"{embodiment}.yaml").read_text()
-    checkpoints.init_checkpoint(config, folder, tokenizer, normalizer, text)
+    parts = (None, None) if config.action_heads == "none" else (normalizer, text)
+    checkpoints.init_checkpoint(config, folder, tokenizer, *parts)
     return folder
 
 
@@ -91,19 +92,20 @@ def test_engine_is_vqgan_plus_uncached_sampler(engine):
 
     request = Request(frames(4), TASK, seed=7)
     with torch.inference_mode():
-        codes = engine.vqgan.encode(engine.vqgan.to_input(torch.from_numpy(request.images)))
+        vqgan = engine.runner.vqgan
+        codes = vqgan.encode(vqgan.to_input(torch.from_numpy(request.images)))
     noise = torch.randn(14, 16, generator=torch.Generator().manual_seed(7))
     ids = sequence.encode_prompt(engine.tokenizer, TASK)
     bridge = sequence.encode_bridge(engine.tokenizer)
-    chunk = engine.policy.sample_recomputing([ids], codes[None], noise[None], bridge)
+    chunk = engine.runner.policy.sample_recomputing([ids], codes[None], noise[None], bridge)
     wanted = engine.normalizer.denormalize(chunk[0].numpy())
     np.testing.assert_allclose(engine.infer([request])[0].actions, wanted, atol=1e-5)
 
 
 def test_buffers_are_allocated_once(engine):
     def places() -> list[int]:
-        buffers = engine.cache.k, engine.cache.v, engine._images_host, engine._noise_host
-        return [buffer.data_ptr() for buffer in buffers]
+        runner = engine.runner
+        return [buffer.data_ptr() for buffer in (runner.cache.k, runner.cache.v, *runner.buffers)]
 
     before = places()
     for n in (1, 4, 2):
@@ -158,12 +160,12 @@ def test_too_many_requests_are_refused(engine):
 def test_non_finite_output_is_an_error_never_a_chunk(tmp_path):
     engine = start(write(tmp_path / "c"))
     with torch.no_grad():
-        engine.policy.action_head.bias[2] = torch.inf
+        engine.runner.policy.action_head.bias[2] = torch.inf
     with pytest.raises(EngineError) as caught:
         engine.infer([Request(frames(), TASK)])
     assert caught.value.code == "non_finite"
     with torch.no_grad():
-        engine.policy.action_head.bias[2] = 0
+        engine.runner.policy.action_head.bias[2] = 0
     assert np.isfinite(engine.infer([Request(frames(), TASK)])[0].actions).all()
 
 
