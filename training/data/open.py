@@ -4,6 +4,7 @@ from pathlib import Path
 
 from config.dataset import DatasetConfig
 from training.data.episode import DataError, Reader
+from training.data.videos import PICTURES, VIDEOS
 
 
 def open_dataset(config: DatasetConfig) -> Reader:
@@ -11,7 +12,7 @@ def open_dataset(config: DatasetConfig) -> Reader:
     path = Path(config.path).expanduser()
     if not path.exists():
         raise DataError(f"{path}: no such folder; set `path` to where the dataset lies")
-    kind = detect(path) if config.kind == "auto" else config.kind
+    kind = kind_of(path) if config.kind == "auto" else config.kind
     # one format's libraries must not be needed for another
     if kind == "rlds":
         from training.data.rlds import RldsReader as Kind
@@ -32,14 +33,20 @@ def open_dataset(config: DatasetConfig) -> Reader:
     return reader
 
 
-def detect(path: Path) -> str:
-    """What kind of dataset lies at `path`."""
+def kind_of(path: Path) -> str:
+    """The kind of dataset at `path`, told from its files. Raises DataError that lists what was looked for."""
     if (path / "meta" / "info.json").is_file():
         return "lerobot"
-    if any(path.glob("**/*.tfrecord*")):
-        return "rlds"
-    if any(path.glob("**/*.hdf5")):
-        return "libero"
     if any(path.glob("labels/*.json")) or any(path.glob("something-something-v2-*.json")):
         return "ssv2"
-    return "folder"
+    for file in path.rglob("*"):
+        if ".tfrecord" in file.name:
+            return "rlds"
+        if file.suffix == ".hdf5":
+            return "libero"
+        if file.suffix.lower() in (*VIDEOS, *PICTURES):
+            return "folder"
+    raise DataError(
+        f"{path}: no dataset found: neither meta/info.json (LeRobot), *.tfrecord* (RLDS), *.hdf5 (LIBERO), "
+        "labels/*.json (Something-Something), nor videos or pictures"
+    )

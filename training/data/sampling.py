@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from config.dataset import Augmentation, Mixture
 from training.data.augment import draw
-from training.data.episode import DataError
+from training.data.episode import DataError, Episode
 from training.data.index import lengths
 from training.data.open import open_dataset
-from training.data.windows import Clips, Window
+from training.data.windows import Cut, Window
 
 Subset = Literal["train", "validation", "all"]
 BLOCK = 4096
@@ -164,34 +164,44 @@ class Samples(Dataset):
     def sample(self, n: int, attempt: int = 0) -> dict[str, Any]:
         """Sample n. Raises DataError where it cannot be read."""
         rng = np.random.default_rng([self.seed, n, attempt])
-        sample = self._read(*self.place(n, attempt), rng, augmented=True)
-        return {**sample, "n": n, "errors": []}
+        dataset, index, frame = self.place(n, attempt)
+        episode, cut = self._cut(dataset, index, frame, rng, self.augmentation)
+        return {**self.window.read(episode, cut), **self._about(dataset, episode, cut), "n": n, "errors": []}
 
-    def read(self, dataset: int, episode: int, frame: int | None) -> dict[str, Any]:
+    def read(self, dataset: int, index: int, frame: int | None) -> dict[str, Any]:
         """The sample at a place, not augmented; where `frame` is None, from a fixed random start."""
-        rng = np.random.default_rng([self.seed, dataset, episode])
-        return self._read(dataset, episode, frame, rng, augmented=False)
+        episode, cut = self._cut(dataset, index, frame, np.random.default_rng([self.seed, dataset, index]))
+        return {**self.window.read(episode, cut), **self._about(dataset, episode, cut)}
 
-    def _read(
-        self, dataset: int, index: int, frame: int | None, rng: np.random.Generator, augmented: bool
-    ) -> dict[str, Any]:
-        config, reader = self.mixture.datasets[dataset], self.readers[dataset]
-        episode = reader.episode(index)
+    def label(self, dataset: int, index: int, frame: int | None) -> dict[str, Any]:
+        """As `read`, without the frames, which are then not decoded."""
+        episode, cut = self._cut(dataset, index, frame, np.random.default_rng([self.seed, dataset, index]))
+        return {**self.window.label(episode, cut), **self._about(dataset, episode, cut)}
+
+    def _cut(
+        self,
+        dataset: int,
+        index: int,
+        frame: int | None,
+        rng: np.random.Generator,
+        augmentation: Augmentation | None = None,
+    ) -> tuple[Episode, Cut]:
+        config = self.mixture.datasets[dataset]
+        episode = self.readers[dataset].episode(index)
         if episode.length < config.min_frames:
             raise DataError(f"{episode.key}: has {episode.length} frames, needs {config.min_frames}")
         if config.instructed_only and not episode.instruction:
             raise DataError(f"{episode.key}: has no instruction")
         if frame is None:
-            frame = (
-                self.window.first(episode.length, config.stride, rng) if isinstance(self.window, Clips) else 0
-            )
-        change = draw(self.augmentation, rng) if augmented and self.augmentation else None
-        sample = self.window.read(episode, frame, config.stride, config.views, rng, change)
+            frame = self.window.first(episode.length, config.stride, rng)
+        change = draw(augmentation, rng) if augmentation else None
+        return episode, Cut(frame, config.stride, config.views, rng, change)
+
+    def _about(self, dataset: int, episode: Episode, cut: Cut) -> dict[str, Any]:
         return {
-            **sample,
             "instruction": episode.instruction,
             "key": f"{dataset}/{episode.key}",
-            "frame": frame,
+            "frame": cut.at,
             "dataset": dataset,
         }
 

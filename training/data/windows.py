@@ -20,6 +20,17 @@ def pick_view(episode: Episode, views: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where and how a sample is cut from its episode."""
+
+    at: int  # frame
+    stride: int  # frames from one step to the next
+    views: tuple[str, ...]  # to choose from, in order of preference; empty: the episode's
+    rng: np.random.Generator
+    change: Draw | None = None
+
+
+@dataclass(frozen=True)
 class Clips:
     """Stages 0 and 1: `frames` frames in a row from a random start of an episode; the end is repeat-padded.
 
@@ -35,33 +46,22 @@ class Clips:
     def first(self, length: int, stride: int, rng: np.random.Generator) -> int:
         return int(rng.integers(max(length - (self.frames - 1) * stride, 1)))
 
-    def read(
-        self,
-        episode: Episode,
-        at: int,
-        stride: int,
-        views: tuple[str, ...],
-        rng: np.random.Generator,
-        change: Draw | None,
-    ) -> dict[str, Any]:
+    def read(self, episode: Episode, cut: Cut) -> dict[str, Any]:
         """frames u8 [F, s, s, 3] (two views: [2, F, s, s, 3] and paired), valid bool [F]."""
-        wanted = at + stride * np.arange(self.frames)
+        wanted = cut.at + cut.stride * np.arange(self.frames)
         index = np.minimum(wanted, episode.length - 1)
-        known = [view for view in views or episode.views if view in episode.views]
-        pick_view(episode, views)
+        pick_view(episode, cut.views)
+        known = [view for view in cut.views or episode.views if view in episode.views]
+        chosen = [known[i] for i in cut.rng.permutation(len(known))[: self.views]]
+        frames = [prepare(episode.frames(view, index), self.size, cut.change) for view in chosen]
         if self.views == 1:
-            view = known[int(rng.integers(len(known)))]
-            return {
-                "frames": prepare(episode.frames(view, index), self.size, change),
-                "valid": wanted == index,
-            }
-        pair = [known[i] for i in rng.permutation(len(known))[:2]]
-        frames = [prepare(episode.frames(view, index), self.size, change) for view in pair]
-        return {
-            "frames": np.stack([frames[0], frames[-1]]),
-            "paired": np.array(len(pair) == 2),
-            "valid": wanted == index,
-        }
+            return {"frames": frames[0], **self.label(episode, cut)}
+        paired = np.array(len(chosen) == 2)
+        return {"frames": np.stack([frames[0], frames[-1]]), "paired": paired, **self.label(episode, cut)}
+
+    def label(self, episode: Episode, cut: Cut) -> dict[str, Any]:
+        """What `read` gives besides the frames."""
+        return {"valid": cut.at + cut.stride * np.arange(self.frames) < episode.length}
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,19 @@ class Windows:
     size: int = 256
     unit: Unit = "frame"
 
-    def read(
-        self,
-        episode: Episode,
-        at: int,
-        stride: int,
-        views: tuple[str, ...],
-        rng: np.random.Generator,
-        change: Draw | None,
-    ) -> dict[str, Any]:
+    def read(self, episode: Episode, cut: Cut) -> dict[str, Any]:
         """frames u8 [H + 2, s, s, 3], valid bool [H + 2] (False: padded)."""
-        wanted = at + stride * np.arange(-1, self.horizon + 1)
-        index = np.clip(wanted, 0, episode.length - 1)
-        frames = episode.frames(pick_view(episode, views), index)
-        return {"frames": prepare(frames, self.size, change), "valid": wanted == index}
+        index = np.clip(self._wanted(cut), 0, episode.length - 1)
+        frames = episode.frames(pick_view(episode, cut.views), index)
+        return {"frames": prepare(frames, self.size, cut.change), **self.label(episode, cut)}
+
+    def label(self, episode: Episode, cut: Cut) -> dict[str, Any]:
+        """What `read` gives besides the frames."""
+        wanted = self._wanted(cut)
+        return {"valid": (wanted >= 0) & (wanted < episode.length)}
+
+    def _wanted(self, cut: Cut) -> np.ndarray:
+        return cut.at + cut.stride * np.arange(-1, self.horizon + 1)
 
 
 @dataclass(frozen=True)
@@ -100,29 +99,26 @@ class Chunks:
     history_seconds: float = 1 / 15
     unit: Unit = "frame"
 
-    def read(
-        self,
-        episode: Episode,
-        at: int,
-        stride: int,
-        views: tuple[str, ...],
-        rng: np.random.Generator,
-        change: Draw | None,
-    ) -> dict[str, Any]:
-        """frames u8 [2, s, s, 3], actions f32 [H, D], mask bool [H], state f32 [D] (zeros: none recorded)."""
+    def read(self, episode: Episode, cut: Cut) -> dict[str, Any]:
+        """frames u8 [2, s, s, 3], actions f32 [H, D], mask bool [H], state f32 [S] (zeros [D] if none)."""
+        label = self.label(episode, cut)
+        before = history(episode.timestamps, cut.at, self.history_seconds)
+        frames = episode.frames(pick_view(episode, cut.views), [before, cut.at])
+        return {"frames": prepare(frames, self.size, cut.change), **label}
+
+    def label(self, episode: Episode, cut: Cut) -> dict[str, Any]:
+        """What `read` gives besides the frames. Raises DataError where there are no actions."""
         if episode.actions is None:
             raise DataError(
-                f"{episode.key}: has no actions; set action_key, or leave this dataset to stages 1 and 2"
+                f"{episode.key}: has no actions; set action_key, or use it for stages 1 and 2 only"
             )
-        before = history(episode.timestamps, at, self.history_seconds)
-        wanted = at + stride * np.arange(self.horizon)
-        index = np.minimum(wanted, episode.length - 1)
-        frames = episode.frames(pick_view(episode, views), [before, at])
-        state = np.zeros(episode.actions.shape[1], np.float32) if episode.state is None else episode.state[at]
+        wanted = cut.at + cut.stride * np.arange(self.horizon)
+        state = (
+            np.zeros(episode.actions.shape[1], np.float32) if episode.state is None else episode.state[cut.at]
+        )
         return {
-            "frames": prepare(frames, self.size, change),
-            "actions": episode.actions[index],
-            "mask": wanted == index,
+            "actions": episode.actions[np.minimum(wanted, episode.length - 1)],
+            "mask": wanted < episode.length,
             "state": state,
         }
 
