@@ -264,6 +264,8 @@ def load(
 
         try:
             models = [folder / name for name in big if name.startswith("model-")]
+            if not models:
+                raise CheckpointError(f"{folder} holds a frame tokenizer and no policy")
             folders.fill(policy, models, skip, advance)
             folders.fill(vqgan, [folder / "vqgan.safetensors"], advance=advance)
         except CheckpointError:

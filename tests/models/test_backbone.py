@@ -4,7 +4,7 @@ import torch
 
 from models.backbone import Backbone, KVCache, rope, rotate, turns
 from models.config import SIZES, ModelConfig, VQGANConfig
-from tests.models.golden import backbone_state, folder, read_json, streaming
+from tests.models.golden import backbone_state, folder, read_json
 from tests.models.sizes import small
 
 
@@ -29,7 +29,7 @@ def golden_model(file: str) -> tuple[Backbone, dict, dict]:
         rope_theta=float(source["theta"]),
     )
     model = Backbone(config)
-    model.load_state_dict(backbone_state(streaming(path / file), config.heads))
+    model.load_state_dict(backbone_state(path / file, config.heads))
     return model.eval(), np.load(path / "inputs.npz"), np.load(path / "expected.npz")
 
 
