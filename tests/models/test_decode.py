@@ -173,3 +173,9 @@ def test_impossible_requests_are_refused():
     for choices, message in (((-1.0,), "temperature"), ((0.0, -1), "top_k"), ((1.0,), "one generator a row")):
         with pytest.raises(ValueError, match=message):
             Sampling(*choices)
+
+
+def test_a_policy_loaded_for_serving_cannot_imagine():
+    served = Policy(small(action_heads="none"), serving=True)
+    with pytest.raises(ValueError, match="has no token heads: load with serving=False"):
+        decode.imagine(served, TEXTS, frames(), FULL)
