@@ -23,7 +23,7 @@ from policy_server import images, keys, protocol
 from policy_server.protocol import Chunk, Error, Metadata
 
 MAX_IN_FLIGHT = 16
-HELLO_RETRY_S = 0.25  # while the server loads or does not answer
+HELLO_RETRY_S = 0.1  # while the server loads or does not answer
 _REFUSED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,

@@ -84,7 +84,7 @@ def load(make: Callable[[], Policy]) -> tuple[Policy, protocol.Metadata, dict[st
     policy = make()
     latency_ms = float(policy.warm_up())
     measured = {"warm_latency_ms": latency_ms, "max_batch": policy.max_batch}
-    return policy, policy.metadata.model_copy(update=measured), getattr(policy, "memory", dict)()
+    return policy, policy.metadata.model_copy(update=measured), policy.memory()
 
 
 def run(policy: Policy, metadata: protocol.Metadata, job: list[Entry] | PrefetchEntry) -> Done:

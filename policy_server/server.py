@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         def load_engine() -> Policy:
             from policy_server.engine import Engine  # torch: only here, and only once the address is ours
 
-            return Engine.from_policy(policy)
+            return Engine.from_policy(policy, start_up.show)
 
         return serve(
             load_engine,
