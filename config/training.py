@@ -3,6 +3,7 @@
 `load_recipe("finetune_tiny", ["steps=50", "optimizer.learning_rate=1e-4"])` reads, overrides, checks.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from config.dataset import Augmentation, Mixture
 from config.loading import ConfigError, Strict, find, parse
 
+VALIDATION_SHARE = 0.1  # of the episodes, where --data names a dataset and nothing else is said
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -204,7 +206,7 @@ STAGES: dict[str, type[Recipe]] = {
 }
 
 
-def override(data: dict, assignments: list[str]) -> dict:
+def override(data: dict, assignments: Sequence[str]) -> dict:
     """`data` with `key.sub=value` assignments applied; values are YAML. Raises ConfigError."""
     for text in assignments:
         path, equals, value = text.partition("=")
@@ -236,10 +238,13 @@ def _value(text: str) -> Any:
     return value
 
 
-def load_recipe(name: str, assignments: list[str] = (), stage: str | None = None) -> Recipe:
+def load_recipe(
+    name: str, assignments: Sequence[str] = (), stage: str | None = None, paths: Sequence[str] = ()
+) -> Recipe:
     """Recipe `name` (a file in config/training, or a path) with `--set` assignments.
 
-    stage: refuse any other. Raises ConfigError naming file, key and fix.
+    stage: refuse any other. paths: dataset folders that replace the recipe's. Raises ConfigError
+    naming file, key and fix.
     """
     path = find(Recipe.KIND, name)
     try:
@@ -251,4 +256,10 @@ def load_recipe(name: str, assignments: list[str] = (), stage: str | None = None
         raise ConfigError(f"{path}: stage: {found!r} must be one of {', '.join(STAGES)}")
     if stage and data["stage"] != stage:
         raise ConfigError(f"{path} is for `vipra train {data['stage']}`, not {stage}")
+    if paths:
+        data["data"] = {
+            "validation_share": VALIDATION_SHARE,
+            **(data.get("data") or {}),
+            "datasets": [{"path": str(path)} for path in paths],
+        }
     return parse(STAGES[data["stage"]], override(data, list(assignments)), str(path))

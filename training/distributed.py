@@ -1,9 +1,9 @@
 """Ranks, sharding, and training checkpoints that survive kills and full disks.
 
-Every run is distributed: one process is a group of one (gloo on CPU, NCCL for GPU tensors), so that one rank
-and many run the same code. A training checkpoint is a folder in torch.distributed.checkpoint's format plus
-`progress.json`; it is written as `<name>.partial`, then renamed, so a final name means it is
-complete.
+Every run is distributed: one process is a group of one (gloo on CPU, NCCL for GPU tensors), so that
+one rank and many run the same code. A training checkpoint is a folder in
+torch.distributed.checkpoint's format plus `progress.json`; it is written as `<name>.partial`, then
+renamed, so a final name means it is complete.
 """
 
 import json
@@ -50,6 +50,12 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: object) -> list:
+        """Every rank's `value`, in order, on every rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         dist.all_reduce(torch.zeros(1))
 
@@ -88,7 +94,8 @@ def recompute(layer: nn.Module) -> None:
 
 
 def shard(module: nn.Module, layers: Sequence[nn.Module], ranks: Ranks, bfloat16: bool) -> None:
-    """FSDP2 over `layers` and the rest of `module`. bfloat16: of the arithmetic; parameters stay as they are.
+    """FSDP2 over `layers` and the rest of `module`. bfloat16: of the arithmetic; parameters stay as they
+    are.
 
     Inputs are not cast: actions, noise and RoPE angles stay float32.
     """

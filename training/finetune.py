@@ -1,24 +1,36 @@
-"""Stage 3: flow-matching finetuning of a small ViPRA-FM policy on demonstrations (paper section 4.3,
-appendix D).
+"""Stage 3: a policy that acts, by flow matching (ViPRA-FM) or discrete codes (ViPRA-AR); paper section 4.3,
+appendix D.
 
-Notable: the prefix (text and two frames) never sees the actions, so `SAMPLES` independent draws of noise
-and flow time share one prefix in one pass: the same gradient in expectation, for a fraction of the
-arithmetic.
+Notable: the prefix (text and two frames) never sees the actions, so `samples` independent draws of
+noise and flow time can share one prefix in one pass: the same gradient in expectation, for a fraction
+of the arithmetic.
 """
 
-import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import sequence
+from config.embodiment import Embodiment
+from config.loading import find, load
+from config.training import FinetuneRecipe
+from models import bins as discrete
+from models import checkpoint, normalization, sequence
 from models.backbone import rope
-from models.flow import flow_loss, sample_target
+from models.flow import flow_loss, integrate, sample_target
 from models.policy import Policy
-
-SAMPLES = 4
+from training import lora, plots
+from training.actions import Chunks, Corpus, chunk, history_frames, read_corpus
+from training.distributed import Ranks
+from training.export import Gathered
+from training.loop import Batch, Stage, collate, evaluate, to_device
+from training.run import Run
+from training.start import parts, weights_source
+from training.text import Prompts
 
 
 def shared_prefix_loss(
@@ -27,20 +39,23 @@ def shared_prefix_loss(
     codes: Tensor,
     actions: Tensor,
     bridge: Tensor,
-    samples: int = SAMPLES,
+    samples: int = 1,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Flow-matching loss of `samples` draws a row. codes [B, 2, N]; actions [B, H, D] normalised. Equals
-    `Policy.loss` for one sample.
+    """Flow-matching loss of `samples` draws a row. codes [B, 2, N]; actions [B, H, D] normalised; valid
+    [B, H].
+
+    Equals `Policy.loss` for one sample, up to the weight of padded rows: here every row weighs the same.
     """
     config, (batch, horizon, dim) = policy.config, actions.shape
     layout = policy.layout(max(map(len, texts)), bridge)
-    ids, lengths = sequence.pad_left(texts, layout.text_slots)
-    target = sample_target(actions.repeat_interleave(samples, 0), config.objective)
+    ids, lengths = sequence.pad_left(texts, layout.text_slots, codes.device)
+    target = sample_target(actions.float().repeat_interleave(samples, 0), config.objective)
     noisy = policy.action_encoder(target.x, target.s).reshape(batch, samples * horizon, -1)
     x = torch.cat([policy.backbone.text_embedding(ids), policy.embed_scene(codes, bridge), noisy], 1)
 
     positions = sequence.positions(lengths, layout)
-    prefix, chunk = positions[:, : layout.first_action], positions[:, layout.first_action :]
+    prefix, actions_at = positions[:, : layout.first_action], positions[:, layout.first_action :]
     mask = sequence.attention_mask(lengths, layout, config.chunk_attention)
     first = layout.first_action
     size = first + samples * horizon
@@ -50,62 +65,274 @@ def shared_prefix_loss(
         rows = slice(first + k * horizon, first + (k + 1) * horizon)
         wide[:, :, rows, :first] = mask[:, :, first:, :first]
         wide[:, :, rows, rows] = mask[:, :, first:, first:]
-    rotation = rope(config, torch.cat([prefix, chunk.repeat(1, samples)], 1))
-    hidden = policy.backbone(x, rotation, wide, tail=samples * horizon)
+    rotation = rope(config, torch.cat([prefix, actions_at.repeat(1, samples)], 1))
+    tail = None if lora.adapted(policy) else samples * horizon  # `tail` reads the matrices past the adapters
+    hidden = policy.backbone(x, rotation, wide, tail=tail)[:, -samples * horizon :]
     prediction = policy.action_head(hidden).reshape(batch * samples, horizon, dim)
-    return flow_loss(prediction, target)
+    if valid is None:
+        return flow_loss(prediction, target)
+    error = (target.weight * prediction.float() - target.velocity).square().mean(-1)
+    counts = valid.repeat_interleave(samples, 0)
+    return ((error * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()
 
 
-def train(
-    policy: Policy,
-    texts: list[list[int]],
-    codes: Tensor,
-    previous: np.ndarray,
-    task: np.ndarray,
-    actions: Tensor,
-    rows: np.ndarray,
-    bridge: Tensor,
-    steps: int,
-    batch: int = 24,
-    learning_rate: float = 1e-3,
-    lags: tuple[float, ...] = (0.3, 0.4, 0.3),
-    seed: int = 0,
-) -> tuple[Policy, list[float]]:
-    """Train on frame codes [N, tokens] (frame n follows frame previous[n]) and normalised actions [N, H, D].
+class Actor(nn.Module):
+    """What the loop calls: the loss of a batch, or (`what="sample"`) chunks sampled for it."""
 
-    Only `rows` are drawn. `texts` by task index. `lags`: share of samples whose o_{t-1} lies 0, 1, 2 ..
-    frames back: chunks are played faster than demonstrations were recorded, and a policy that reads its
-    speed off the two frames runs away with it (causal confusion, de Haan et al. 2019). Returns the
-    exponential moving average of the policy and the loss curve.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05
+    def __init__(self, policy: Policy, bridge: list[int], samples: int):
+        super().__init__()
+        self.policy, self.bridge, self.samples = policy, bridge, samples
+
+    def forward(self, batch: Batch, step: int, what: str = "loss") -> dict[str, Tensor]:
+        texts, codes, mask = batch["texts"], batch["codes"], batch["mask"]
+        bridge = torch.tensor(self.bridge, device=codes.device)
+        if what == "sample":
+            return {"actions": self.sample(texts, codes, bridge, batch["actions"])}
+        if self.policy.config.action_heads == "ar":
+            return self.policy.ar_loss(texts, codes, batch["ids"], bridge, mask)
+        loss = shared_prefix_loss(self.policy, texts, codes, batch["actions"], bridge, self.samples, mask)
+        return {"loss": loss}
+
+    def sample(self, texts: list[list[int]], codes: Tensor, bridge: Tensor, like: Tensor) -> Tensor:
+        """Normalised actions [B, H, D] in 10 Euler steps, recomputing the prefix (no cache while sharded)."""
+        noise = torch.randn(like.shape, device=like.device)
+
+        def velocity(u: Tensor, s: float) -> Tensor:
+            return self.policy.velocity(texts, codes, u, torch.full((len(u),), s, device=u.device), bridge)
+
+        return integrate(velocity, noise, objective=self.policy.config.objective)
+
+
+class Finetune(Stage):
+    """Built on every rank; `demonstrations` encodes its share of the frames."""
+
+    def __init__(self, recipe: FinetuneRecipe, robot: Embodiment, robot_text: str):
+        self.recipe, self.robot, self.robot_text = recipe, robot, robot_text
+        self.start, self.frames, config = parts(recipe)
+        self.prompts = Prompts(self.frames.tokenizer, config.max_text_tokens)
+        self.config = config
+        self.action_bins = self.normalizer = None
+
+    def fit(self, train: Corpus, held_out: Corpus) -> None:
+        """Statistics of the training episodes, then the module that fits them."""
+        recipe, robot = self.recipe, self.robot
+        self.train_corpus, self.held_out = train, held_out
+        kinds = tuple(d.kind for d in robot.dimensions)
+        cuts = [
+            (chunk(e.actions, t, robot.horizon)[0], e.states[t])
+            for e in train.episodes.values()
+            for t in range(len(e.actions))
+        ]
+        chunks, states = np.stack([c for c, _ in cuts]), np.stack([s for _, s in cuts])
+        relative = recipe.representation == "relative"
+        self.normalizer = normalization.fit(
+            chunks, robot.names, kinds, states if relative else None, recipe.normalization
+        )
+        if recipe.head == "ar":
+            raw = np.concatenate([e.actions for e in train.episodes.values()])
+            self.action_bins = discrete.fit(raw, robot.names, kinds, recipe.bins)
+        self.build()
+
+    def build(self) -> None:
+        """The module on meta, and where its weights come from."""
+        recipe, robot = self.recipe, self.robot
+        self.config = self.config.with_embodiment(
+            robot.action_dim,
+            robot.horizon,
+            action_heads=recipe.head,
+            action_vocab=_action_ids(recipe, self.action_bins),
+            chunk_attention=recipe.chunk_attention,
+            representation=recipe.representation,
+            dropout=recipe.dropout,
+            activation=recipe.activation,
+            time_embedding=recipe.time_embedding,
+        )
+        with torch.device("meta"):
+            policy = Policy(self.config)
+        unused = ("backbone.text_head", "backbone.vision_head", "latent_embedding", "latent_head")
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(not name.startswith(unused))
+        source, self.fresh = weights_source(self.config, self.start, recipe.seed)
+        if recipe.lora:
+            source = lora.attach(policy, recipe.lora, source, recipe.seed, recipe.precision)
+        self.module = Actor(policy, sequence.encode_bridge(self.frames.tokenizer), recipe.samples)
+        self.layers = policy.backbone.layers
+        self.source = lambda name: source(name.removeprefix("policy."))
+        self.tokens_per_sample = (
+            self.config.max_text_tokens // 2 + self.config.vision_tokens + robot.horizon * recipe.samples
+        )
+
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
+        raw = batch["actions"].numpy()
+        state = batch["state"].numpy() if self.normalizer.needs_state else None
+        actions = torch.from_numpy(self.normalizer.normalize(raw, state))
+        ready = {**batch, "actions": actions, "texts": [self.prompts(t) for t in batch["instruction"]]}
+        if self.action_bins:
+            ready["ids"] = torch.from_numpy(self.action_bins.encode(raw))
+        return to_device(ready, device)
+
+    def example(self, count: int) -> Batch:
+        """A batch on meta, for estimates."""
+        shape = (count, self.robot.horizon, self.robot.action_dim)
+        on = {"device": "meta"}
+        return {
+            "texts": [[0] * 48] * count,
+            "codes": torch.zeros(count, 2, self.config.frame_tokens, dtype=torch.long, **on),
+            "actions": torch.zeros(shape, **on),
+            "ids": torch.zeros(shape, dtype=torch.long, **on),
+            "mask": torch.ones(shape[:2], dtype=torch.bool, **on),
+        }
+
+    def samples(self) -> Chunks:
+        return self.chunks(self.train_corpus)
+
+    def chunks(self, corpus: Corpus) -> Chunks:
+        recipe, robot = self.recipe, self.robot
+        return Chunks(corpus, recipe.seed, robot.horizon, history_frames(robot), recipe.history_lags)
+
+    # held-out episodes
+
+    def validate(self, step: int, run: Run, ranks: Ranks, recipe: FinetuneRecipe) -> dict[str, float]:
+        corpus = self.held_out
+        if not corpus.episodes:
+            return {}
+        chunks = self.chunks(corpus)
+        picked = [chunks.read(*place) for place in corpus.spread(recipe.validation.samples)]
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            found = self.module(batch, step)
+            count, mask = len(batch["codes"]), batch["mask"][..., None]
+            rows = {"loss": found["loss"].expand(count)}
+            if recipe.head == "flow":
+                error = (self.module(batch, step, what="sample")["actions"] - batch["actions"]) * mask
+                baseline = batch["actions"] * mask  # the mean action is 0 in normalised units
+                scale = torch.tensor(self.normalizer.scale, device=error.device)
+                rows |= {
+                    "action_mse": error.square().sum((1, 2)),
+                    "mean_action_mse": baseline.square().sum((1, 2)),
+                    "absolute": error.abs() * scale,
+                    "count": mask.sum((1, 2)) * error.shape[-1],
+                    "counts": mask.expand_as(error).float(),
+                }
+            return rows
+
+        means = evaluate(self, picked, ranks, recipe, measure)
+        metrics = {"loss": float(means["loss"])}
+        if recipe.head == "flow":
+            metrics |= {key: float(means[key] / means["count"]) for key in ("action_mse", "mean_action_mse")}
+            error = means["absolute"] / np.maximum(means["counts"], 1e-9)
+            metrics["action_error"] = float(error.mean())
+            self.report(step, run, error)
+            self.replay(step, run, ranks, recipe)
+        return metrics
+
+    def report(self, step: int, run: Run, error: np.ndarray) -> None:
+        """Absolute error [H, D], rad and opening, of held-out chunks: a table and a plot."""
+        self.action_error = error
+        header = "step," + ",".join(self.robot.names)
+        rows = [f"{i}," + ",".join(f"{v:.5f}" for v in row) for i, row in enumerate(error)]
+        run.write("action_error.csv", "\n".join([header, *rows]) + "\n")
+        if run.rank == 0:
+            run.figure(step, "action_error", plots.action_error(error, self.robot.names))
+
+    def replay(self, step: int, run: Run, ranks: Ranks, recipe: FinetuneRecipe) -> None:
+        """One held-out episode, a new chunk every H frames, against its demonstration."""
+        corpus = self.held_out
+        name = next(iter(corpus.episodes))
+        episode, horizon = corpus.episodes[name], self.robot.horizon
+        chunks = self.chunks(corpus)
+        parts = [chunks.read(name, t) for t in range(0, len(episode.actions), horizon)]
+        torch.manual_seed(recipe.seed)
+        with torch.no_grad():  # every rank: sharded modules need all of them
+            batch = self.prepare(collate(parts), ranks.device)
+            sampled = self.module(batch, step, what="sample")["actions"].cpu().numpy()
+        states = np.stack([part["state"] for part in parts]) if self.normalizer.needs_state else None
+        played = self.normalizer.denormalize(sampled, states).reshape(-1, self.robot.action_dim)
+        if run.rank == 0:
+            figure = plots.replay(
+                played[: len(episode.actions)], episode.actions, self.robot.names, self.robot.rate_hz, horizon
+            )
+            run.figure(step, "open_loop", figure)
+
+    # what comes out
+
+    def export(self, folder: Path, run: Run, ranks: Ranks) -> str | None:
+        """Write the checkpoint `vipra serve` loads, in bf16. Every rank calls it; rank 0 returns the hash."""
+        shapes = checkpoint.parameter_shapes(Policy, self.config)
+        gathered = Gathered(self.module.policy, self.recipe.lora)
+        if not ranks.first:
+            gathered.follow(shapes)
+            return None
+        vqgan = checkpoint.compact(dict(self.frames.vqgan().named_parameters()))
+        text = checkpoint.texts(self.frames.tokenizer, self.normalizer, self.robot_text, self.action_bins)
+        # exported models run without dropout; the choice stays in the run's config.yaml
+        config = replace(self.config, dropout=0.0)
+        weights = checkpoint.Weights(shapes, gathered, torch.bfloat16)
+        digest = checkpoint.write(folder, config, weights, vqgan, text)
+        (folder / "README.md").write_text(self.card(folder, run))
+        return digest
+
+    def card(self, folder: Path, run: Run) -> str:
+        recipe, last = self.recipe, run.last()
+        began = (
+            f"`{self.start.path.name}` ({self.start.hash[:12]})" if self.start else "random weights (Scratch)"
+        )
+        tasks = sorted({e.instruction for e in self.train_corpus.episodes.values()})
+        shown = "; ".join(tasks[:12]) + (f"; and {len(tasks) - 12} more" if len(tasks) > 12 else "")
+        size = sum(math.prod(s) for s in checkpoint.parameter_shapes(Policy, self.config).values())
+        episodes = len(self.train_corpus.episodes), len(self.held_out.episodes)
+        return CARD.format(
+            name=folder.name, head={"flow": "ViPRA-FM", "ar": "ViPRA-AR"}[recipe.head], parameters=size,
+            model=recipe.model, robot=self.robot.name, dim=self.robot.action_dim, horizon=self.robot.horizon,
+            rate=self.robot.rate_hz, representation=recipe.representation, began=began, tasks=shown,
+            episodes=episodes[0], held_out=episodes[1], steps=recipe.steps, batch=recipe.global_batch,
+            how="LoRA, merged" if recipe.lora else "all weights", run=run.folder.name,
+            measured=json.dumps(last, indent=1),
+        )  # fmt: skip
+
+
+def _action_ids(recipe: FinetuneRecipe, bins: discrete.ActionBins | None) -> int:
+    """Rows of the discrete action table; before the data is read, as many as there can be."""
+    if recipe.head != "ar":
+        return 0
+    return bins.vocab if bins else recipe.bins + 1
+
+
+CARD = """# {name}
+
+{head} for `{robot}`: {dim} {representation} actions, chunks of {horizon} at {rate:g} Hz. {model},
+{parameters:,} parameters, finetuned from {began} ({how}).
+
+- Demonstrations: {episodes} episodes; {held_out} more held out
+- Instructions: {tasks}
+- {steps} steps of {batch} samples; run `{run}` has the recipe, curves and pictures
+- Last measured:
+
+```json
+{measured}
+```
+
+Serve it: `vipra serve --policy POLICY.yaml` with `checkpoint:` set to this folder.
+"""
+
+
+def plan(recipe: FinetuneRecipe) -> Finetune:
+    """The stage without data, for estimates."""
+    robot = load(Embodiment, recipe.embodiment)
+    stage = Finetune(recipe, robot, "")
+    stage.build()
+    return stage
+
+
+def build(recipe: FinetuneRecipe, ranks: Ranks, run: Run) -> Finetune:
+    """Read and encode the demonstrations, fit their statistics, plan the module."""
+    robot = load(Embodiment, recipe.embodiment)
+    stage = Finetune(recipe, robot, find(Embodiment.KIND, recipe.embodiment).read_text())
+    train, held = read_corpus(recipe.data, robot, stage.frames.vqgan(ranks.device), ranks, run)
+    stage.fit(train, held)
+    run.say(
+        f"{len(train.episodes)} episodes, {len(train.frames)} frames; {len(held.episodes)} episodes held out"
     )
-    average = copy.deepcopy(policy).requires_grad_(False)
-    losses = []
-    with Progress() as progress:
-        bar = progress.add_task("finetune", total=steps)
-        for step in range(steps):
-            now = rng.choice(rows, size=batch)
-            before, lag = now, rng.choice(len(lags), size=batch, p=lags)
-            for back in range(1, len(lags)):
-                before = np.where(lag >= back, previous[before], before)
-            pair = torch.stack([codes[before], codes[now]], 1)
-            loss = shared_prefix_loss(policy, [texts[task[n]] for n in now], pair, actions[now], bridge)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            decay = min(0.998, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for slow, fast in zip(average.parameters(), policy.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - decay)
-            losses.append(loss.item())
-            progress.update(bar, advance=1, description=f"finetune loss {np.mean(losses[-50:]):.3f}")
-            if step % 100 == 99:
-                progress.console.print(f"step {step + 1}: loss {np.mean(losses[-100:]):.4f}")
-    return average.eval(), losses
+    if stage.fresh and stage.start:
+        run.say(f"random at the start: {', '.join(sorted({n.rsplit('.', 1)[0] for n in stage.fresh}))}")
+    return stage

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from config.training import Recipe, Schedule
 from training import distributed
@@ -28,9 +29,9 @@ Batch = dict[str, object]  # tensors [B, ...] and lists of B
 class Stage:
     """What the loop needs of a stage; subclasses are in tokenizer, latent, pretrain, finetune.
 
-    module: `forward(batch, step)` -> scalars by name, averaged and logged; "loss" is minimised. May be on
-    meta when `source(name)` gives the initial value of each parameter. layers: sharded and recomputed one by
-    one.
+    module: `forward(batch, step)` -> scalars by name, averaged and logged; "loss" is minimised. May be
+    on meta when `source(name)` gives the initial value of each parameter. layers: sharded and
+    recomputed one by one.
     """
 
     module: nn.Module
@@ -156,9 +157,9 @@ def train(
 ) -> bool:
     """Train from the newest checkpoint in the run's folder, or from the start, to `recipe.steps`.
 
-    batches(step): this rank's batches from optimiser step `step` on. On return the module holds what is to be
-    exported (averaged weights if any). Returns False when a signal ended it early; a checkpoint is then
-    written. Raises TrainingError.
+    batches(step): this rank's batches from optimiser step `step` on. On return the module holds what
+    is to be exported (averaged weights if any). Returns False when a signal ended it early; a
+    checkpoint is then written. Raises TrainingError.
     """
     optimizer = set_up(stage, recipe, ranks)
     average = Average(stage.module, recipe.ema) if recipe.ema else None
@@ -216,8 +217,8 @@ def train(
 def optimise(
     stage: Stage, recipe: Recipe, ranks: Ranks, optimizer: torch.optim.Optimizer, batch: Batch, step: int
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """One optimiser step on this rank's share of a global batch. Returns every micro-batch's outputs and the
-    gradient's norm before clipping.
+    """One optimiser step on this rank's share of a global batch. Returns every micro-batch's outputs and
+    the gradient's norm before clipping.
     """
     share = recipe.global_batch // ranks.size
     mixed = recipe.precision == "bfloat16" and not stage.sharded
@@ -322,12 +323,26 @@ def collate(samples: list[dict]) -> Batch:
     batch = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
-        batch[key] = values if isinstance(first, str) else torch.as_tensor(np.stack(values))
+        batch[key] = values if isinstance(first, str | list) else torch.as_tensor(np.stack(values))
     return batch
 
 
-def count_up(start: int, samples, share: int, batch: int, rank: int) -> Iterator[Batch]:
-    """Batches of in-memory `samples` for tests and small data: rank's share of each global batch."""
-    for step in itertools.count(start):
-        first = step * batch + rank * share
-        yield collate([samples[n] for n in range(first, first + share)])
+def feed(samples, recipe: Recipe, ranks: Ranks) -> Callable[[int], Iterator[Batch]]:
+    """batches(step): this rank's share of each global batch from optimiser step `step` on.
+
+    Global batch s holds samples s * G .. s * G + G - 1, rank r the r-th of equal parts.
+    """
+    share = recipe.global_batch // ranks.size
+
+    def batches(start: int) -> Iterator[Batch]:
+        firsts = (step * recipe.global_batch + ranks.rank * share for step in itertools.count(start))
+        loader = DataLoader(
+            samples,
+            batch_sampler=(range(first, first + share) for first in firsts),
+            collate_fn=collate,
+            num_workers=recipe.workers,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        return iter(loader)
+
+    return batches

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.progress import TimeRemainingColumn as Eta
 
 from config.loading import root
@@ -85,7 +85,7 @@ class Run:
     """Owns the folder and the bar. Only rank 0 writes; on others every method does nothing."""
 
     def __init__(self, folder: Path, recipe: Recipe, rank: int = 0, world: int = 1, wandb: bool = False):
-        self.folder, self.rank, self.steps = folder, rank, recipe.steps
+        self.folder, self.rank, self.steps, self.name = folder, rank, recipe.steps, recipe.stage
         self.console = Console(stderr=True, quiet=rank > 0)
         self.tensorboard = self.wandb = self.progress = None
         config = recipe.model_dump(mode="json")
@@ -137,8 +137,12 @@ class Run:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Eta(),
             console=self.console,
         )  # fmt: skip
-        self.bar = self.progress.add_task(self.folder.parent.name, total=self.steps, completed=step)
+        self.bar = self.progress.add_task(self.name, total=self.steps, completed=step)
         self.progress.start()
+
+    def track(self, items, what: str):
+        """`items` with a bar, before training starts."""
+        return track(items, what, console=self.console, transient=True) if self.rank == 0 else items
 
     def advance(self, step: int) -> None:
         if self.progress:
@@ -156,10 +160,14 @@ class Run:
         if self.wandb:
             self.wandb.log(dict(metrics), step=step)
         if self.progress and "loss" in metrics:
-            text = f"{self.folder.parent.name} loss {metrics['loss']:.4f}, {metrics['samples_per_s']:.1f}/s"
+            text = f"{self.name} loss {metrics['loss']:.4f}, {metrics['samples_per_s']:.1f}/s"
             self.progress.update(self.bar, description=text)
             if not self.console.is_terminal:
                 self.say(f"step {step}/{self.steps}: {text}")
+
+    def last(self) -> dict[str, float]:
+        """Newest value of every metric."""
+        return summary(self.folder)[1]
 
     def say(self, text: str) -> None:
         (self.progress.console if self.progress else self.console).print(text, markup=False, highlight=False)
@@ -198,8 +206,21 @@ class Run:
             self.wandb.finish()
 
 
+def summary(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """First and newest value of every metric in a run's folder; ({}, {}) where nothing was logged."""
+    first, last = {}, {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # cut off by a kill
+            continue
+        first, last = entry | first, last | entry
+    return first, last
+
+
 def _step(line: str) -> int:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # cut off by a kill
+    except (json.JSONDecodeError, KeyError):
         return 1 << 62

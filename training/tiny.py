@@ -8,6 +8,7 @@ measured. About half an hour on one CPU core.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import Progress
+from torch import Tensor
 
 from config.embodiment import Embodiment
 from config.loading import find, load
@@ -26,8 +29,11 @@ from models import checkpoint, normalization, sequence
 from models.config import SIZES, ModelConfig
 from models.policy import Policy
 from models.tokenizer import Tokenizer
-from training import finetune, tokenizer
+from training import tokenizer
 from training.demonstrations import Demonstrations
+from training.finetune import shared_prefix_loss
+
+SAMPLES = 4  # draws of noise and time that share a prefix
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def stage_3(start: checkpoint.Checkpoint, data: Demonstrations, recipe: Recipe) 
     texts = [sequence.encode_prompt(start.tokenizer, task) for task in data.tasks]
     bridge = torch.tensor(sequence.encode_bridge(start.tokenizer))
     actions = torch.from_numpy(start.normalizer.normalize(data.actions))
-    start.policy, losses = finetune.train(
+    start.policy, losses = train(
         start.policy.train(), texts, codes, data.previous, data.task, actions, rows, bridge,
         recipe.policy_steps, seed=recipe.seed,
     )  # fmt: skip
@@ -122,6 +128,64 @@ def stage_3(start: checkpoint.Checkpoint, data: Demonstrations, recipe: Recipe) 
             "last_step": round(float(error[-1].mean()), 4),
         },
     }
+
+
+def train(
+    policy: Policy,
+    texts: list[list[int]],
+    codes: Tensor,
+    previous: np.ndarray,
+    task: np.ndarray,
+    actions: Tensor,
+    rows: np.ndarray,
+    bridge: Tensor,
+    steps: int,
+    batch: int = 24,
+    learning_rate: float = 1e-3,
+    lags: tuple[float, ...] = (0.3, 0.4, 0.3),
+    seed: int = 0,
+) -> tuple[Policy, list[float]]:
+    """Train on frame codes [N, tokens] (frame n follows frame previous[n]) and normalised actions [N, H,
+    D].
+
+    Only `rows` are drawn. `texts` by task index. `lags`: share of samples whose o_{t-1} lies 0, 1, 2 ..
+    frames back: chunks are played faster than demonstrations were recorded, and a policy that reads its
+    speed off the two frames runs away with it (causal confusion, de Haan et al. 2019). Returns the
+    exponential moving average of the policy and the loss curve.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05
+    )
+    average = copy.deepcopy(policy).requires_grad_(False)
+    losses = []
+    with Progress() as progress:
+        bar = progress.add_task("finetune", total=steps)
+        for step in range(steps):
+            now = rng.choice(rows, size=batch)
+            before, lag = now, rng.choice(len(lags), size=batch, p=lags)
+            for back in range(1, len(lags)):
+                before = np.where(lag >= back, previous[before], before)
+            pair = torch.stack([codes[before], codes[now]], 1)
+            loss = shared_prefix_loss(
+                policy, [texts[task[n]] for n in now], pair, actions[now], bridge, SAMPLES
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            decay = min(0.998, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for slow, fast in zip(average.parameters(), policy.parameters(), strict=True):
+                    slow.lerp_(fast, 1 - decay)
+            losses.append(loss.item())
+            progress.update(bar, advance=1, description=f"finetune loss {np.mean(losses[-50:]):.3f}")
+            if step % 100 == 99:
+                progress.console.print(f"step {step + 1}: loss {np.mean(losses[-100:]):.4f}")
+    return average.eval(), losses
 
 
 CARD = """# {name}

@@ -13,7 +13,7 @@ from torch import nn
 
 from config.training import Optimizer, Recipe, Schedule, Validation
 from training import distributed
-from training.loop import Stage, count_up, train
+from training.loop import Stage, feed, train
 from training.run import Run
 
 
@@ -73,14 +73,10 @@ def run(folder: Path, steps: int, stage: Toy, **changes) -> tuple[bool, dict]:
     ranks = distributed.start("cpu")
     try:
         plan = recipe(steps, **changes)
-        share = plan.global_batch // ranks.size
         log = Run(folder, plan, ranks.rank, ranks.size)
 
-        def batches(start):
-            return count_up(start, Samples(), share, plan.global_batch, ranks.rank)
-
         try:
-            finished = train(stage, plan, log, ranks, batches)
+            finished = train(stage, plan, log, ranks, feed(Samples(), plan, ranks))
         finally:
             log.close()
         return finished, distributed.full_weights(stage.module)
