@@ -3,8 +3,7 @@
     python -m policy_server.server --policy vipra_tiny_bimanual --bind tcp://127.0.0.1:5555
 
 Exit status: 0 after a signal, 1 when the policy cannot be loaded or the server fails, 2 for wrong options, 3
-when the device fails while serving (a CUDA error): only a new process gets it back, so let a supervisor start
-one.
+when the device fails (a CUDA error): only a new process gets it back, so let a supervisor start one.
 """
 
 import argparse
@@ -134,8 +133,8 @@ def serve(
         if start_up:
             start_up.close()
         log.info("stopping")
-    if isinstance(server.failure, DeviceFailed) and announced:
-        log.error("stopped: the device failed and only a new process gets it back: %s", _line(server.failure))
+    if isinstance(server.failure, DeviceFailed):
+        log.error("stopped: %s; only a new process gets the device back", _line(server.failure))
         _leave(DEVICE_FAILED)  # what is left of the device's context may hang or crash an orderly exit
     if (failure := server.failure) is not None:
         # what goes wrong before `ready` is a wrong file or a missing device: the message is enough

@@ -60,7 +60,7 @@ def test_a_failed_device_is_one_line_and_exit_status_3_and_a_new_process_serves_
         said = first.process.stderr.read()
         assert first.process.wait(20) == server.DEVICE_FAILED == 3
         failed = [line for line in said.splitlines() if "ERROR" in line]
-        assert len(failed) == 1 and "the device failed" in failed[0] and "illegal memory access" in failed[0]
+        assert len(failed) == 1 and "new process" in failed[0] and "illegal memory access" in failed[0]
         assert "Traceback" not in said
         with ServerProcess(address):
             client.hello(10)
