@@ -52,7 +52,8 @@ def choose(logits: Tensor, count: int, sampling: Sampling = GREEDY) -> Tensor:
         scores = scores.masked_fill(scores < least, -torch.inf)
     # softmax draw as a race of exponentials: unlike torch.multinomial it never waits for the device
     clocks = [torch.empty_like(scores[0]).exponential_(generator=g) for g in sampling.generators]
-    return (scores / sampling.temperature - torch.stack(clocks).log()).argmax(-1)
+    clock = torch.stack(clocks).clamp_min(torch.finfo(torch.float32).tiny)
+    return (scores / sampling.temperature - clock.log()).argmax(-1)
 
 
 class Rows:
