@@ -1,9 +1,9 @@
 """A small deterministic policy for two arms, served by the real policy server in a process of its own.
 
-`python -m tests.vipra_ros.serve_moves ADDRESS [DELAY_S] [EMBODIMENT]`. It moves every joint by 0.002 rad an
-action away from the measured state; the first action's gripper opening tells the mean grey level of o_{t-1},
-the second one's that of o_t, 0..1. The task chooses misbehaviour: `nan`, `jump` (1.2 rad), `fast` (over the
-velocity limit), `stray` (every fourth chunk 0.2 rad off).
+`python -m tests.vipra_ros.serve_moves ADDRESS [DELAY_S] [EMBODIMENT] [KEYS]`. It moves every joint by
+0.002 rad an action away from the measured state; the first action's gripper opening tells the mean grey level
+of o_{t-1}, the second one's that of o_t, 0..1. The task chooses misbehaviour: `nan`, `jump` (1.2 rad), `fast`
+(over the velocity limit), `stray` (every fourth chunk 0.2 rad off).
 """
 
 import sys
@@ -36,5 +36,6 @@ class Moves(StandIn):
 
 
 if __name__ == "__main__":
-    address, delay_s, robot = (*sys.argv[1:], *("0.0", "franka_bimanual")[len(sys.argv) - 2 :])
-    sys.exit(serve(lambda: Moves(float(delay_s), robot), address))
+    given = sys.argv[1:]
+    address, delay_s, robot, keys = given + ["", "0.0", "franka_bimanual", None][len(given) :]
+    sys.exit(serve(lambda: Moves(float(delay_s), robot), address, keys))

@@ -12,6 +12,7 @@ import av
 import pytest
 
 from simulation.control import SimulationControl
+from vipra_ros.demo import Settings
 from vipra_ros.process import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,21 @@ def demo(tmp_path):
         for pid, _ in one.left():
             os.kill(pid, signal.SIGKILL)
         one.process.wait()
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (None, ("asynchronous", "observation", 10.0, 7, 0.0, "vipra_tiny_bimanual")),
+        ("7hz", ("synchronous", "observation", 15.0, 14, 2.0, "vipra_tiny_bimanual")),
+        ("22hz", ("asynchronous", "append", 22.0, 14, 0.0, "vipra_tiny_bimanual_relative")),
+    ],
+)
+def test_a_preset_decides_the_schedule_and_the_policy_that_fits(preset, expected):
+    settings = Settings(rate_hz=10.0).following(preset, policy=None)
+    fields = ("mode", "anchor", "rate_hz", "replan_after", "min_cycle_s", "policy")
+    assert tuple(getattr(settings, name) for name in fields) == expected
+    assert settings.following(preset, policy="mine").policy == "mine"
 
 
 def test_demo_runs_both_arms_and_reports(demo):

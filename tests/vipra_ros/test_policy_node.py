@@ -30,6 +30,8 @@ from trajectory_msgs.msg import JointTrajectory
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
+from policy_server.client import PolicyClient
+from policy_server.keys import generate
 from tests.vipra_ros.arms_standin import ArmsStandIn
 from tests.vipra_ros.graph import Graph, write_robot
 from tests.vipra_ros.test_camera_sources import FOOTAGE, encode, grey
@@ -88,8 +90,8 @@ class Scene:
         self.pictures: Pictures | None = None
         self.clients: dict[str, object] = {}
 
-    def serve(self, delay_s: float = 0.0, robot: str = "franka_bimanual") -> Child:
-        argv = [sys.executable, "-m", "tests.vipra_ros.serve_moves", self.address, str(delay_s), robot]
+    def serve(self, delay_s: float = 0.0, robot: str = "franka_bimanual", *keys: str) -> Child:
+        argv = [sys.executable, "-m", "tests.vipra_ros.serve_moves", self.address, str(delay_s), robot, *keys]
         self.server = Child("server", argv, self.folder / "server.log")
         wait_for(lambda: self.server.find(r"^ready\b"), 30, "server", [self.server], self.server)
         return self.server
@@ -188,6 +190,25 @@ def test_the_earlier_picture_is_the_one_history_seconds_before_the_newest(scene)
     levels = np.array([chunk.grippers[:2, 0] * 255 for _, chunk in scene.arms.chunks])
     steps = np.round((levels[:, 1] - levels[:, 0]) / 5) % 50
     assert set(steps) == {2.0}, "0.0667 s are two pictures at 30 Hz"
+
+
+def test_keys_jpeg_and_pictures_sent_ahead_work_together(scene):
+    keys = scene.folder / "keys"
+    for name in ("server", "robot"):
+        generate(keys, name)
+    pair = {
+        "server_public_key": str(keys / "server.key"),
+        "client_secret_key": str(keys / "robot.key_secret"),
+    }
+    scene.serve(0.05, "franka_bimanual", str(keys))
+    scene.film()
+    scene.start_node(**pair, jpeg_quality=80)
+    scene.running(chunks=10)
+    with PolicyClient(scene.address, **pair) as watcher:
+        counts = watcher.stats(5.0).counts
+    assert counts["chunk"] >= 10 and counts["prefetch"] > 0
+    assert counts["prefetch_hit"] > 0.5 * counts["prefetch"]
+    assert int(scene.value("prefetches")) > 0
 
 
 def test_append_chunks_begin_where_the_last_one_ends(scene):
