@@ -75,8 +75,7 @@ class Rows:
         for row, text in enumerate(texts):
             if text.length > end:
                 raise ValueError(f"text of {text.length} tokens does not fit {end} slots")
-            cache.k[:, row, :, end - text.length : end] = text.k
-            cache.v[:, row, :, end - text.length : end] = text.v
+            cache.place(row, end, text.k, text.v)
         layout = sequence.token_layout(end, tokens)
         lengths = torch.tensor([text.length for text in texts]).to(policy.device, non_blocking=True)
         self.policy, self.cache, self.next_slot = policy, cache, end
