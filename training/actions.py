@@ -4,7 +4,6 @@ Frames are encoded once; a chunk is rows t .. t+H-1 of an episode's actions, act
 frame t+i, the last one repeated (and masked) past the end.
 """
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from models.vqgan import VQGAN
 from policy_server.images import fit
 from training.data.episode import DataError, Episode
 from training.data.open import open_dataset
+from training.data.sampling import held_out
 from training.distributed import Ranks
 from training.run import Run, TrainingError
 
@@ -99,6 +99,8 @@ class Chunks:
     et al. 2019): mixed lags prevent that.
     """
 
+    broken = ()  # read_corpus has said what could not be read
+
     def __init__(self, corpus: Corpus, seed: int, horizon: int, history: int, lags=(0.0, 1.0)):
         self.corpus, self.seed, self.horizon, self.history, self.lags = corpus, seed, horizon, history, lags
         self.places = [[] for _ in corpus.weights]
@@ -119,6 +121,7 @@ class Chunks:
         e = self.corpus.episodes[name]
         actions, mask = chunk(e.actions, t, self.horizon)
         return {
+            "errors": [],
             "codes": e.codes[[max(t - lag * self.history, 0), t]].astype(np.int64),
             "actions": actions,
             "mask": mask,
@@ -130,17 +133,6 @@ class Chunks:
 def history_frames(robot: Embodiment) -> int:
     """Frames between o_{t-1} and o_t."""
     return max(round(robot.history_seconds * robot.rate_hz), 1)
-
-
-def held_out(keys: dict[tuple[int, int], str], share: float) -> set[tuple[int, int]]:
-    """`share` of each dataset's episodes, those whose key hashes lowest; one at least where there are two."""
-    out = set()
-    for number in {dataset for dataset, _ in keys}:
-        names = [name for name in keys if name[0] == number]
-        names.sort(key=lambda name: hashlib.sha256(keys[name].encode()).digest())
-        count = max(round(share * len(names)), int(share > 0 and len(names) > 1))
-        out.update(names[:count])
-    return out
 
 
 def encode(vqgan: VQGAN, frames: np.ndarray, batch: int = 64) -> np.ndarray:
@@ -182,13 +174,17 @@ def read_corpus(
                 continue
             states = episode.state if episode.state is not None else np.zeros_like(episode.actions)
             mine[number, index] = Demonstration(
-                f"{number}/{episode.key}", episode.instruction, encode(vqgan, frames), episode.actions, states
+                episode.key, episode.instruction, encode(vqgan, frames), episode.actions, states
             )
     shares = ranks.gather(mine)
     for line in itertools.chain(*ranks.gather(broken)):
         run.say(f"skipped {line}")
     every = {name: e for share in shares for name, e in share.items()}
-    out = held_out({name: e.key for name, e in every.items()}, mixture.validation_share)
+    out = set()
+    for number in range(len(mixture.datasets)):
+        names = sorted(name for name in every if name[0] == number)
+        chosen = held_out([every[name].key for name in names], mixture.validation_share)
+        out.update(name for name, held in zip(names, chosen, strict=True) if held)
     if not every.keys() - out:
         raise TrainingError(f"no episode is left to train on ({len(every)} readable, {len(out)} held out)")
     weights = tuple(config.weight for config in mixture.datasets)

@@ -81,7 +81,7 @@ def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> Non
         folder = options["run"] or Path("runs") / recipe.stage / stamp
         run = Run(folder, recipe, ranks.rank, ranks.size, options["wandb"])
         stage = module.build(recipe, ranks, run)
-        if loop.train(stage, recipe, run, ranks, loop.feed(stage.samples(), recipe, ranks)):
+        if loop.train(stage, recipe, run, ranks, stage.samples()):
             digest = stage.export(out, run, ranks)
             if ranks.first:
                 run.say(f"{out}: {recipe.stage} checkpoint {digest[:12]}; run folder {folder}")

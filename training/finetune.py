@@ -25,9 +25,12 @@ from models.flow import flow_loss, integrate, sample_target
 from models.policy import Policy
 from training import lora, plots
 from training.actions import Chunks, Corpus, chunk, history_frames, read_corpus
+from training.data import windows
+from training.data.loader import collate
+from training.data.sampling import Samples
 from training.distributed import Ranks
 from training.export import Gathered
-from training.loop import Batch, Stage, collate, evaluate, to_device
+from training.loop import Batch, Stage, evaluate, to_device
 from training.run import Run
 from training.start import parts, weights_source
 from training.text import Prompts
@@ -111,7 +114,7 @@ class Finetune(Stage):
         self.start, self.frames, config = parts(recipe)
         self.prompts = Prompts(self.frames.tokenizer, config.max_text_tokens)
         self.config = config
-        self.action_bins = self.normalizer = None
+        self.action_bins = self.normalizer = self.vqgan = None
 
     def fit(self, train: Corpus, held_out: Corpus) -> None:
         """Statistics of the training episodes, then the module that fits them."""
@@ -166,10 +169,20 @@ class Finetune(Stage):
         raw = batch["actions"].numpy()
         state = batch["state"].numpy() if self.normalizer.needs_state else None
         actions = torch.from_numpy(self.normalizer.normalize(raw, state))
+        if "frames" in batch:  # augmented: encoded anew each time
+            batch = {**batch, "codes": self.frame_codes(batch["frames"].to(device))}
         ready = {**batch, "actions": actions, "texts": [self.prompts(t) for t in batch["instruction"]]}
         if self.action_bins:
             ready["ids"] = torch.from_numpy(self.action_bins.encode(raw))
         return to_device(ready, device)
+
+    @torch.no_grad()
+    def frame_codes(self, frames: Tensor) -> Tensor:
+        """uint8 RGB [B, 2, s, s, 3] -> codes [B, 2, tokens a frame]."""
+        if self.vqgan is None:
+            self.vqgan = self.frames.vqgan(frames.device)
+        codes = self.vqgan.encode(self.vqgan.to_input(frames.flatten(0, 1)))
+        return codes.unflatten(0, frames.shape[:2])
 
     def example(self, count: int) -> Batch:
         """A batch on meta, for estimates."""
@@ -183,8 +196,12 @@ class Finetune(Stage):
             "mask": torch.ones(shape[:2], dtype=torch.bool, **on),
         }
 
-    def samples(self) -> Chunks:
-        return self.chunks(self.train_corpus)
+    def samples(self) -> Chunks | Samples:
+        recipe, robot = self.recipe, self.robot
+        if recipe.augmentation is None:
+            return self.chunks(self.train_corpus)
+        window = windows.Chunks(robot.horizon, self.config.vqgan.image_size, robot.history_seconds)
+        return Samples(recipe.data, window, recipe.seed, recipe.augmentation)
 
     def chunks(self, corpus: Corpus) -> Chunks:
         recipe, robot = self.recipe, self.robot

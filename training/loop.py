@@ -6,20 +6,19 @@ batch is cut into the same micro-batches whatever the number of ranks. Hence one
 training, and resuming needs the step only.
 """
 
-import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from config.training import Recipe, Schedule
 from training import distributed
+from training.data.loader import Loader, collate
 from training.distributed import Average, Ranks
 from training.run import Run, TrainingError
 
@@ -39,10 +38,6 @@ class Stage:
     sharded = True  # FSDP2; False: replicated, gradients averaged
     source: Callable[[str], Tensor] | None = None
     tokens_per_sample = 0
-
-    def train_samples(self):
-        """Endless `samples[n]`, a pure function of n (training.data.sampling.Samples)."""
-        raise NotImplementedError
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
         """One micro-batch from the loader, ready for `module`."""
@@ -69,7 +64,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def rows(batch: Batch, start: int, end: int) -> Batch:
-    return {key: value[start:end] for key, value in batch.items()}
+    return {key: value[start:end] for key, value in batch.items() if key != "errors"}
 
 
 def seed_for(seed: int, n: int) -> int:
@@ -153,13 +148,13 @@ def train(
     recipe: Recipe,
     run: Run,
     ranks: Ranks,
-    batches: Callable[[int], Iterable[Batch]],
+    samples,
 ) -> bool:
     """Train from the newest checkpoint in the run's folder, or from the start, to `recipe.steps`.
 
-    batches(step): this rank's batches from optimiser step `step` on. On return the module holds what
-    is to be exported (averaged weights if any). Returns False when a signal ended it early; a
-    checkpoint is then written. Raises TrainingError.
+    samples: endless, `samples[n]` a pure function of n (training.data.sampling). On return the module
+    holds what is to be exported (averaged weights if any). Returns False when a signal ended it early;
+    a checkpoint is then written. Raises TrainingError.
     """
     optimizer = set_up(stage, recipe, ranks)
     average = Average(stage.module, recipe.ema) if recipe.ema else None
@@ -177,7 +172,10 @@ def train(
     run.start(start)
     meter = Meter(recipe, ranks, stage.tokens_per_sample)
     with stop_signals() as signals:
-        feed = iter(batches(start)) if start < recipe.steps else iter(())
+        loader = Loader(
+            samples, recipe.global_batch, start, recipe.steps - start, ranks.rank, ranks.size, recipe.workers
+        )
+        feed = iter(loader)
         for step in range(start + 1, recipe.steps + 1):
             asked = time.perf_counter()
             batch = next(feed)
@@ -208,6 +206,8 @@ def train(
                     f"stopped at step {step} by signal {signals or 'on another rank'}; run it again to go on"
                 )
                 return last
+    for line in loader.report().splitlines():
+        run.say(f"skipped {line}")
     stage.module.eval()
     if average:
         average.swap()
@@ -306,7 +306,7 @@ def evaluate(
     sums: dict[str, np.ndarray] = {}
     for turn in range(math.ceil(len(cuts) / ranks.size)):
         mine = turn * ranks.size + ranks.rank
-        part = collate(cuts[min(mine, len(cuts) - 1)])
+        part = collate([{**sample, "errors": []} for sample in cuts[min(mine, len(cuts) - 1)]])
         torch.manual_seed(seed_for(recipe.seed + 1, mine))
         for key, value in measure(stage.prepare(part, ranks.device)).items():
             counted = value.double().sum(0).cpu().numpy() * (mine < len(cuts))
@@ -316,33 +316,3 @@ def evaluate(
         total = ranks.sum(np.ravel(value).tolist())
         means[key] = np.reshape(total, np.shape(value)) / len(samples)
     return means
-
-
-def collate(samples: list[dict]) -> Batch:
-    """Dicts of numpy arrays, numbers and strings -> one batch."""
-    batch = {}
-    for key, first in samples[0].items():
-        values = [sample[key] for sample in samples]
-        batch[key] = values if isinstance(first, str | list) else torch.as_tensor(np.stack(values))
-    return batch
-
-
-def feed(samples, recipe: Recipe, ranks: Ranks) -> Callable[[int], Iterator[Batch]]:
-    """batches(step): this rank's share of each global batch from optimiser step `step` on.
-
-    Global batch s holds samples s * G .. s * G + G - 1, rank r the r-th of equal parts.
-    """
-    share = recipe.global_batch // ranks.size
-
-    def batches(start: int) -> Iterator[Batch]:
-        firsts = (step * recipe.global_batch + ranks.rank * share for step in itertools.count(start))
-        loader = DataLoader(
-            samples,
-            batch_sampler=(range(first, first + share) for first in firsts),
-            collate_fn=collate,
-            num_workers=recipe.workers,
-            pin_memory=ranks.device.type == "cuda",
-        )
-        return iter(loader)
-
-    return batches

@@ -13,7 +13,7 @@ from torch import nn
 
 from config.training import Optimizer, Recipe, Schedule, Validation
 from training import distributed
-from training.loop import Stage, feed, train
+from training.loop import Stage, train
 from training.run import Run
 
 
@@ -31,9 +31,11 @@ class Net(nn.Module):
 class Samples:
     """Sample n is a function of n."""
 
+    broken = ()
+
     def __getitem__(self, n: int) -> dict:
         x = torch.randn(6, generator=torch.Generator().manual_seed(n))
-        return {"x": x.numpy(), "n": n}
+        return {"x": x.numpy(), "n": n, "errors": []}
 
 
 class Toy(Stage):
@@ -76,7 +78,7 @@ def run(folder: Path, steps: int, stage: Toy, **changes) -> tuple[bool, dict]:
         log = Run(folder, plan, ranks.rank, ranks.size)
 
         try:
-            finished = train(stage, plan, log, ranks, feed(Samples(), plan, ranks))
+            finished = train(stage, plan, log, ranks, Samples())
         finally:
             log.close()
         return finished, distributed.full_weights(stage.module)
