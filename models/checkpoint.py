@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models import folder as folders
 from models.bins import ActionBins, BinsError
@@ -177,10 +178,24 @@ def init_checkpoint(
     )
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips torch.nn.init, which without memory to fill would only import half of torch, for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return function(*args, **(kwargs or {}))
+
+
+def empty(kind: type[nn.Module], *arguments) -> nn.Module:
+    """A module on the meta device: names and shapes, no memory."""
+    with torch.device("meta"), _NoInit():
+        return kind(*arguments)
+
+
 def parameter_shapes(kind: type[nn.Module], config) -> dict[str, torch.Size]:
     """Names and shapes of a module's parameters, without making them."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in kind(config).named_parameters()}
+    return {name: p.shape for name, p in empty(kind, config).named_parameters()}
 
 
 def check_parts(
@@ -243,10 +258,9 @@ def load(
             folders.require_digest(folder / name, folders.digest(folder / name), files[name])
     config = read_config(folder)
     parts = _read_parts(folder, config, files)
-    with torch.device("meta"):
-        full, policy, vqgan = Policy(config), Policy(config, serving), VQGAN(config.vqgan)
+    policy, vqgan = empty(Policy, config, serving), empty(VQGAN, config.vqgan)
     policy, vqgan = policy.to(dtype).to_empty(device=device), vqgan.to_empty(device=device)
-    skip = {name for name, _ in full.named_parameters()}
+    skip = set(parameter_shapes(Policy, config))
     total, done = sum((folder / name).stat().st_size for name in big), 0
 
     def advance(count: int) -> None:

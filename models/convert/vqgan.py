@@ -87,7 +87,7 @@ def read(path: Path | str, image_size: int = 256) -> tuple[VQGANConfig, dict[str
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
         if array.shape != tuple(shapes[name]):
             raise ConvertError(f"{path}: {old} gives {list(array.shape)}, expected {list(shapes[name])}")
-        out[name] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        out[name] = torch.from_numpy(np.array(array, np.float32, order="C"))
         if not out[name].isfinite().all():
             raise ConvertError(f"{path}: {old} holds NaN or infinite weights")
     return config, out
