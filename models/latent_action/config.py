@@ -32,11 +32,14 @@ class LatentActionConfig:
     code_grid: int = 4  # codes along one side: code_grid ** 2 codes a step
     deltas: bool = False  # quantise the change of a token between frames (LAPA), not the token
     decoder: str = "causal"  # causal: sees o_0..o_t, z_0..z_t | cross: o_t alone, cross-attending z_t (LAPA)
+    residual: bool = False  # predict the change of the frame, none at first: small models, short training
     target: str = "pixels"  # pixels | features: of a frozen DINOv2 (MVP-LAM)
 
     def __post_init__(self):
         _check_types(self)
-        _require(type(self.deltas) is bool, f"deltas: expected true or false, got {self.deltas!r}")
+        for name in ("deltas", "residual"):
+            value = getattr(self, name)
+            _require(type(value) is bool, f"{name}: expected true or false, got {value!r}")
         for field in dataclasses.fields(self):
             if field.type is int and field.name != "registers":
                 value = getattr(self, field.name)
@@ -59,6 +62,7 @@ class LatentActionConfig:
         _require(0 <= self.dropout < 1, f"dropout: {self.dropout} must be in [0, 1)")
         _choice("decoder", self.decoder, ("causal", "cross"))
         _choice("target", self.target, ("pixels", "features"))
+        _require(not self.residual or self.target == "pixels", "residual: needs target pixels")
 
     @property
     def grid(self) -> int:
@@ -98,6 +102,7 @@ _TINY = LatentActionConfig(
     encoder_layers=2,
     decoder_layers=2,
     dropout=0.0,
+    residual=True,
 )
 _LAPA = {"code_grid": 2, "deltas": True, "decoder": "cross"}
 

@@ -29,21 +29,26 @@ class PatchEmbed(nn.Module):
 
 
 class Head(nn.Module):
-    """Patch tokens -> pixels [..., 3, s, s], or -> DINOv2 features [..., grid * grid, width]."""
+    """Patch tokens -> the next frame [..., 3, s, s], or its DINOv2 features [..., grid * grid, width]."""
 
     def __init__(self, config: LatentActionConfig):
         super().__init__()
         self.config = config
         size = 3 * config.patch**2 if config.target == "pixels" else config.width
         self.linear = nn.Linear(config.width, size)
+        if config.residual:
+            nn.init.normal_(self.linear.weight, std=1e-3)
+            nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
+        """x [..., grid * grid, width]; frames [..., 3, s, s], the ones before."""
         config, x = self.config, self.linear(x)
         if config.target == "features":
             return x
         x = x.unflatten(-1, (3, config.patch, config.patch)).unflatten(-4, (config.grid, config.grid))
         x = x.movedim(-3, -5)  # [..., 3, row, column, y, x]
-        return x.transpose(-2, -3).flatten(-4, -3).flatten(-2, -1)
+        x = x.transpose(-2, -3).flatten(-4, -3).flatten(-2, -1)
+        return frames + x if config.residual else x
 
 
 class Decoder(nn.Module):
@@ -73,7 +78,7 @@ class Decoder(nn.Module):
         rotation = temporal_rotation(steps, config.head_dim, frames.device)
         for block in self.blocks:
             x = block(x, config.grid, bias, rotation, condition)
-        return self.head(self.norm(x)[:, :, :-1])
+        return self.head(self.norm(x)[:, :, :-1], frames)
 
 
 class CrossDecoder(nn.Module):
@@ -97,4 +102,4 @@ class CrossDecoder(nn.Module):
         bias = self.bias(self.config.grid)
         for block in self.blocks:
             x = block(x, self.config.grid, bias, codes)
-        return self.head(self.norm(x)).unflatten(0, (batch, steps))
+        return self.head(self.norm(x).unflatten(0, (batch, steps)), frames)

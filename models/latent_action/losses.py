@@ -8,6 +8,7 @@ Predictions and targets are RGB in [0, 1], [B, T, 3, s, s]; `valid` [B, T] bool 
 transitions out.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def load_lpips(vgg: Path | str) -> nn.Module:
     """LPIPS over the VGG16 weights at `vgg`, frozen. Raises WeightsError."""
     import lpips
 
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings(action="ignore"):  # it calls torchvision the way of years ago
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     _fill(network.net, read_weights(vgg), vgg, lambda name: "features." + name.split(".", 1)[1])
     return network.eval().requires_grad_(False)
 
