@@ -20,6 +20,7 @@ busy machine. Each variant's actions are compared with `eager`'s: in fp32 a diff
 import gc
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -31,6 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 from benchmarks import common, device
 from models import fp8, sequence
 from models.backbone import rope
+from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.flow import integrate, schedule
 from models.policy import Policy, TextPrefix
@@ -207,9 +209,9 @@ def transformers(prompt: Unpadded, model: LlamaModel) -> Sampler:
 Chunk = Callable[[Request], tuple[np.ndarray, dict[str, float]]]  # -> normalised actions, stage times in ms
 
 
-def around(engine: Engine, sample: Sampler) -> Chunk:
+def around(checkpoint: Checkpoint, sample: Sampler) -> Chunk:
     """From frames to actions on the host as the engine does it, with another sampler inside."""
-    config, where = engine.config, engine.device
+    config, vqgan, where = checkpoint.config, checkpoint.vqgan, checkpoint.policy.device
 
     @torch.inference_mode()
     def run(request: Request) -> tuple[np.ndarray, dict[str, float]]:
@@ -218,11 +220,11 @@ def around(engine: Engine, sample: Sampler) -> Chunk:
         watch = Stopwatch(where)
         watch.mark()
         images, noise = torch.from_numpy(request.images).to(where), noise.to(where)
-        codes = engine.vqgan.encode(engine.vqgan.to_input(images)).view(1, 2, -1)
+        codes = vqgan.encode(vqgan.to_input(images)).view(1, 2, -1)
         watch.mark()
         chunk = sample(codes, noise, watch)
         watch.mark()
-        actions = engine.normalizer.denormalize(chunk.cpu().numpy()[0], request.state)
+        actions = checkpoint.normalizer.denormalize(chunk.cpu().numpy()[0], request.state)
         return actions, dict(zip(STAGES, watch.read(), strict=True))
 
     return run
@@ -245,45 +247,65 @@ def skipped(variant: str, where: torch.device) -> str | None:
     return None
 
 
-def chunks(engines: dict[str, Engine], model: LlamaModel, task: str) -> dict[str, Chunk]:
-    """Every variant that runs here."""
-    engine = engines["eager"]
-    text = sequence.encode_prompt(engine.tokenizer, task)
-    unpadded = Unpadded(engine.policy, text, engine.bridge)
-    out = {
-        "recompute": around(engine, recompute(engine.policy, text, engine.bridge)),
-        "transformers": around(engine, transformers(unpadded, model)),
-        "growing": around(engine, growing(unpadded)),
-    }
-    out |= {name: served(engine) for name, engine in engines.items()}
-    for name, inner in PREFETCHED.items():
-        if skipped(name, engine.device) is None:
-            out[name] = served(engines.get(inner, engine))
-    return out
+@dataclass(frozen=True)
+class Ways:
+    """Everything that computes chunks of one set of random weights."""
+
+    checkpoint: Checkpoint
+    engines: dict[str, Engine]
+    llama: LlamaModel
+
+    @classmethod
+    def build(cls, config: ModelConfig, where: torch.device) -> "Ways":
+        checkpoint = common.random_checkpoint(config, where)
+        engines = {kind: common.engine(checkpoint, kind) for kind in ENGINES if skipped(kind, where) is None}
+        return cls(checkpoint, engines, llama(checkpoint.policy))
+
+    def engine(self, variant: str) -> Engine:
+        """What serves a variant; on a CPU `eager` stands in for `graph`."""
+        return self.engines.get(PREFETCHED.get(variant, variant), self.engines["eager"])
+
+    def chunks(self, task: str) -> dict[str, Chunk]:
+        """Every variant that runs on this device."""
+        policy, tokenizer = self.checkpoint.policy, self.checkpoint.tokenizer
+        text, bridge = sequence.encode_prompt(tokenizer, task), sequence.encode_bridge(tokenizer)
+        bridge = torch.tensor(bridge, device=policy.device)
+        unpadded = Unpadded(policy, text, bridge)
+        samplers = {
+            "recompute": recompute(policy, text, bridge),
+            "transformers": transformers(unpadded, self.llama),
+            "growing": growing(unpadded),
+        }
+        return {
+            name: around(self.checkpoint, samplers[name]) if name in samplers else served(self.engine(name))
+            for name in VARIANTS
+            if skipped(name, policy.device) is None
+        }
 
 
-def measure(
-    engines: dict[str, Engine], model: LlamaModel, rates: device.Rates, prompt: int, rounds: int
-) -> list[dict]:
+def measure(ways: Ways, rates: device.Rates, prompt: int, rounds: int) -> list[dict]:
     """Rows of every variant at one prompt length. Raises RuntimeError when fp32 actions differ too much."""
-    eager = engines["eager"]
-    config, where = eager.config, eager.device
-    task = common.task_of(prompt, eager.tokenizer)
+    config, where = ways.checkpoint.config, ways.checkpoint.policy.device
+    task = common.task_of(prompt, ways.checkpoint.tokenizer)
     # frames of their own for prefetched rows: nobody else's o_{t-1} may be known
-    plain, known = common.request(config, task, 0), common.request(config, task, 1)
-    expected = {False: served(eager)(plain)[0], True: served(eager)(known)[0]}
-    runs, stages, difference = {}, {}, {}
-    before = {
-        name: partial(engines.get(inner, eager).prefetch, task, known.images[0])
-        for name, inner in PREFETCHED.items()
+    requests = {known: common.request(config, task, seed=int(known)) for known in (False, True)}
+    expected = {
+        known: ways.engines["eager"].infer([request])[0].actions for known, request in requests.items()
     }
-    for name, chunk in chunks(engines, model, task).items():
-        stages[name], request = [], known if name in PREFETCHED else plain
-        before.get(name, lambda: None)()
-        difference[name] = float(np.abs(chunk(request)[0] - expected[name in PREFETCHED]).max())
-        if eager.policy.dtype == torch.float32 and not difference[name] <= TOLERANCE:
+    chunks, before, runs, stages, difference = ways.chunks(task), {}, {}, {}, {}
+    for name, chunk in chunks.items():
+        known, stages[name] = name in PREFETCHED, []
+        if known:
+            before[name] = partial(ways.engine(name).prefetch, task, requests[known].images[0])
+            before[name]()
+        difference[name] = float(np.abs(chunk(requests[known])[0] - expected[known]).max())
+        if ways.checkpoint.policy.dtype == torch.float32 and not difference[name] <= TOLERANCE:
             raise RuntimeError(f"{name} differs from eager by {difference[name]:.2e}, allowed: {TOLERANCE}")
-        runs[name] = lambda chunk=chunk, request=request, kept=stages[name]: kept.append(chunk(request)[1])
+
+        def run(chunk=chunk, request=requests[known], kept=stages[name]) -> None:
+            kept.append(chunk(request)[1])
+
+        runs[name] = run
     times = common.interleave(runs, rounds, before, RARE)
     rows = []
     for name in VARIANTS:
@@ -293,26 +315,18 @@ def measure(
             row |= dict.fromkeys(TITLES.keys() - row.keys()) | {"skipped": reason}
             continue
         precision = device.PRECISIONS[where.type]["fp8" in name]
-        floor = device.floor(config, rates, prompt, precision, prefetched=name in PREFETCHED)
+        floor = device.floor(config, rates, prompt, precision, prefetched=name in PREFETCHED).total_ms
         row |= common.percentiles(times[name].values())
+        for stage in STAGES:
+            row[f"{stage}_ms"] = round(statistics.median(taken[stage] for taken in stages[name]), 2)
         row |= {
-            f"{stage}_ms": round(statistics.median(t[stage] for t in stages[name]), 2) for stage in STAGES
-        }
-        row |= {
-            "floor_ms": floor.total_ms,
-            "of_floor": row["p50_ms"] / floor.total_ms,
+            "floor_ms": floor,
+            "of_floor": row["p50_ms"] / floor,
             "to_transformers": common.ratio(times[name], times["transformers"]),
             "difference": difference[name],
             "rounds": len(times[name]),
         }
     return rows
-
-
-def build(config: ModelConfig, where: torch.device) -> tuple[dict[str, Engine], LlamaModel]:
-    """Engines over one set of random weights, warm, and transformers' view of the same."""
-    checkpoint = common.random_checkpoint(config, where)
-    engines = {name: common.engine(checkpoint, name) for name in ENGINES if skipped(name, where) is None}
-    return engines, llama(checkpoint.policy)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -323,18 +337,16 @@ def main(argv: list[str] | None = None) -> int:
     where = common.device(arguments.device, arguments.threads)
     rounds = arguments.repeats or ROUNDS.get((arguments.model, where.type), 20)
     rates = device.measure(common.sized(arguments.model), where, at_least_s=min(1.0, 0.05 * rounds))
-    rows, memory = [], {}
+    rows = []
     for dim in arguments.dims:
-        engines, model = build(common.sized(arguments.model, dim), where)
-        memory = {name: engine.memory() for name, engine in engines.items()}
+        ways = Ways.build(common.sized(arguments.model, dim), where)
         for prompt in track(arguments.prompts, f"D = {dim}"):
-            rows += measure(engines, model, rates, prompt, rounds)
-        engines = model = None  # 7B: the next size needs the memory
+            rows += measure(ways, rates, prompt, rounds)
+        ways = None  # the next size needs the memory
         gc.collect()
     report = common.header("chunk_latency", where, model=arguments.model) | {
         "steps": device.STEPS,
         "bandwidth_bytes_per_s": rates.bandwidth,
-        "memory_bytes": memory,
         "rows": rows,
     }
     common.show(f"vipra_{arguments.model}: chunk latency, {report['device']}", rows, TITLES)
