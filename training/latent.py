@@ -17,41 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config.training import LatentObjective
 from models.latent_action.losses import flow_loss, load_lpips, load_raft, perceptual_loss, pixel_loss
 from models.latent_action.model import LatentActionModel
-
-
-class ObjectiveError(ValueError):
-    """An objective is impossible; the message names the field, its value and what is allowed."""
-
-
-@dataclass(frozen=True)
-class LatentObjective:
-    """Defaults: table 3; the ramp and the refresh threshold are the official code's."""
-
-    pixel_loss: str = "l1"  # l1 | l2 (LAPA, and features)
-    lpips_weight: float = 0.5
-    flow_weight: float = 0.1
-    flow_start: int = 60_000  # the flow term is on after this step
-    flow_ramp: int = 10_000  # steps until it has its full weight
-    flow_network: str = "raft_large"  # | raft_small
-    cross_weight: float = 0.0  # MVP-LAM's lambda_cross
-    refresh: tuple[tuple[int, int], ...] = ((100, 10), (1000, 100), (10_000, 1000))  # (until step, every)
-    refresh_threshold: float = 0.015  # share of all choices below which a code counts as unused
-
-    def __post_init__(self):
-        object.__setattr__(self, "refresh", tuple(tuple(stage) for stage in self.refresh))
-        for name, allowed in (("pixel_loss", ("l1", "l2")), ("flow_network", ("raft_large", "raft_small"))):
-            if getattr(self, name) not in allowed:
-                raise ObjectiveError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("lpips_weight", "flow_weight", "flow_start", "flow_ramp", "cross_weight"):
-            if getattr(self, name) < 0:
-                raise ObjectiveError(f"{name}: {getattr(self, name)} must not be negative")
-        until = [stage[0] for stage in self.refresh]
-        if until != sorted(set(until)) or any(every <= 0 for _, every in self.refresh):
-            raise ObjectiveError(f"refresh: {self.refresh} must be (until step, every), steps increasing")
-        if not 0 <= self.refresh_threshold < 1:
-            raise ObjectiveError(f"refresh_threshold: {self.refresh_threshold} must be in [0, 1)")
 
 
 @dataclass
