@@ -51,6 +51,7 @@ EXTRAS = {
     "sim": [
         "fast_simplification>=0.2",
         "franky-sim>=1.0.4",
+        "mink>=1.3",
         "mujoco>=4.0",
     ],
     "train": [

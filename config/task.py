@@ -1,0 +1,96 @@
+"""A manipulation task: what is said, what lies where, what counts as done, how people run it for real."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from config.loading import Strict, Vector3
+
+Kind = Literal["pick_place", "stack", "place_in_bowl"]
+Role = Literal["moved", "target", "other"]
+
+
+class Colour(Strict):
+    word: str = Field(pattern=r"^[a-z]+$", description="as the instruction says it")
+    rgb: Vector3 = Field(description="0..1")
+
+
+class Region(Strict):
+    """Rectangle on the table, m, `world`."""
+
+    min_xy: tuple[float, float]
+    max_xy: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if any(a >= b for a, b in zip(self.min_xy, self.max_xy, strict=True)):
+            raise ValueError("max_xy must lie beyond min_xy")
+        return self
+
+
+class TaskObject(Strict):
+    """One object of the scene; its role decides what the instruction and the score say of it."""
+
+    name: str
+    kind: Literal["cup", "bowl"]
+    role: Role = "other"
+    colour: Colour | None = Field(None, description="null: drawn from the split's colours, all different")
+    region: Region | None = Field(None, description="where it may lie; null: the split's region")
+
+
+class Split(Strict):
+    """Where things may lie and what colours they have. `seen` is trained on, `unseen` only evaluated."""
+
+    region: Region
+    colours: tuple[Colour, ...] = Field(min_length=1)
+
+
+class Protocol(Strict):
+    """For people at the robot."""
+
+    set_up: str
+    reset: str
+    scoring: str
+
+
+class Task(Strict):
+    """One task of the evaluation (ViPRA appendix G.1)."""
+
+    KIND: ClassVar[str] = "tasks"
+
+    name: str
+    kind: Kind
+    workcell: str = Field(description="file in config/workcells")
+    arm: Literal["left", "right"] = Field(description="the arm that picks")
+    holder: Literal["left", "right"] | None = Field(None, description="the arm that holds the target")
+    instructions: tuple[str, ...] = Field(
+        min_length=1,
+        description="{moved} and {target} become the objects' colours; the first one is for evaluation",
+    )
+    objects: tuple[TaskObject, ...] = Field(min_length=1)
+    clearance_m: float = Field(0.12, gt=0, description="least distance between two objects' centres")
+    seen: Split
+    unseen: Split
+    time_limit_s: float = Field(gt=0, le=600)
+    protocol: Protocol
+
+    @model_validator(mode="after")
+    def _roles(self):
+        roles = [o.role for o in self.objects]
+        if roles.count("moved") != 1 or roles.count("target") != 1:
+            raise ValueError("objects: exactly one has role moved and one role target")
+        if len({o.name for o in self.objects}) != len(self.objects):
+            raise ValueError("objects: names must be unique")
+        drawn = sum(o.colour is None for o in self.objects)
+        for name in ("seen", "unseen"):
+            if len({c.word for c in getattr(self, name).colours}) < drawn:
+                raise ValueError(f"{name}.colours: {drawn} different colours are needed")
+        if (self.kind == "place_in_bowl") != (self.holder is not None):
+            raise ValueError("holder: place_in_bowl needs one, other tasks have none")
+        if self.holder == self.arm:
+            raise ValueError("holder: must be the other arm")
+        return self
+
+    def named(self, role: Role) -> str:
+        """Name of the object with this role (moved or target)."""
+        return next(o.name for o in self.objects if o.role == role)

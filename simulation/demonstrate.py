@@ -1,0 +1,93 @@
+"""Trials played by an expert in lockstep: what a demonstrator's hands and recorder would have seen."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulation.experts.ik import HandIK
+from simulation.experts.picking import expert
+from simulation.lockstep import Lockstep
+from simulation.tasks.trial import Trial
+
+LEVEL_RAD_S = 0.8  # peak joint speed of turning the hand straight down at the start
+SETTLE_S = 0.8  # after the expert's end, for the score
+
+
+@dataclass(frozen=True)
+class Step:
+    """One control step, before its action has any effect."""
+
+    time_s: float
+    joints: dict[str, np.ndarray]  # measured [7] rad by arm
+    openings: dict[str, float]  # measured, 0 to 1
+    action_joints: dict[str, np.ndarray]  # commanded for this step [7] rad
+    action_openings: dict[str, float]
+    qpos: np.ndarray  # of the whole scene, for the picture
+
+
+class Demonstrator:
+    """Plays trials of one task, one after the other, in one simulation."""
+
+    def __init__(self, trial: Trial, rate_hz: float = 15.0):
+        self.world, self.rate_hz = Lockstep(trial), rate_hz
+        self._ik = HandIK(trial.workcell)
+
+    def play(self, trial: Trial, seed: int, start_spread_rad: float = 0.0) -> Iterator[Step]:
+        """Steps of `trial`; `world.judge` holds the score at the end.
+
+        seed: of the expert's style and, with `start_spread_rad`, of a perturbed first pose.
+        """
+        random = np.random.default_rng([trial.seed, seed])
+        world = self.world
+        world.reset(trial)
+        homes = {arm: world.joints(arm) for arm in world.arms}
+        if start_spread_rad:
+            spread = {arm: q + random.normal(0, start_spread_rad, 7) for arm, q in homes.items()}
+            world.reset(trial, spread)
+        bases = trial.workcell.arms
+        down = {arm: _turn(bases[arm].yaw_rad) @ np.diag([1.0, -1.0, -1.0]) for arm in world.arms}
+        commanded = {arm: world.joints(arm) for arm in world.arms}
+        openings = dict.fromkeys(world.arms, 1.0)
+        level = {arm: self._ik.solve(arm, world.tcp(arm)[0], down[arm], q) for arm, q in commanded.items()}
+        turn = max(float(np.abs(level[arm] - q).max()) for arm, q in commanded.items())
+        steps = int(np.ceil(1.875 * turn / LEVEL_RAD_S * self.rate_hz))
+        for s in np.arange(1, steps + 1) / max(steps, 1):
+            ease = s**3 * (10 - 15 * s + 6 * s**2)
+            yield self._step({arm: q + ease * (level[arm] - q) for arm, q in commanded.items()}, openings)
+        commanded = level
+        for poses in expert(world, self.rate_hz, random):
+            for arm, pose in poses.items():
+                rotation = _turn(pose.yaw) @ down[arm] @ _lean(pose.tilt)
+                commanded[arm] = self._ik.solve(arm, pose.xyz, rotation, commanded[arm])
+                openings[arm] = pose.opening
+            yield self._step(commanded, openings)
+            if world.time_s > trial.task.time_limit_s:
+                return
+        for _ in range(round(SETTLE_S * self.rate_hz)):
+            yield self._step(commanded, openings)
+
+    def _step(self, commanded: dict[str, np.ndarray], openings: dict[str, float]) -> Step:
+        world = self.world
+        step = Step(
+            time_s=world.time_s,
+            joints={arm: world.joints(arm) for arm in world.arms},
+            openings={arm: world.opening(arm) for arm in world.arms},
+            action_joints={arm: q.copy() for arm, q in commanded.items()},
+            action_openings=dict(openings),
+            qpos=world.data.qpos.copy(),
+        )
+        for arm, opening in openings.items():
+            world.open_hand(arm, opening)
+        world.advance(1 / self.rate_hz, commanded)
+        return step
+
+
+def _turn(yaw: float) -> np.ndarray:
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def _lean(tilt: float) -> np.ndarray:
+    c, s = np.cos(tilt), np.sin(tilt)
+    return np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])

@@ -1,0 +1,1 @@
+"""Tasks in simulation: what a seed puts where (`trial`) and what counts as done (`score`)."""

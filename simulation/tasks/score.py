@@ -1,0 +1,82 @@
+"""Success and partial success from the simulator's truth, as ViPRA scores trials (appendices F and G)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from config.task import Task
+
+LIFTED_M = 0.03  # of the moved object's base above the table: it was grasped
+UPRIGHT = 0.94  # cosine of the tilt, 20 degrees
+RESTED_M_S = 0.03  # slower than this is at rest
+GRASPED = np.array([0.0, 0.0, 0.07])  # m, of a cup, from its base
+CLEAR_M = 0.06  # from the hand's tool centre point to the object's grasped part: released
+SETTLED_S = 0.5  # so long must everything hold
+# Height of the moved object's base above the target's, m: nested or on the rim; on the bowl's floor or rim.
+_HEIGHT = {"stack": (0.02, 0.10), "pick_place": (-0.01, 0.07), "place_in_bowl": (-0.01, 0.07)}
+_OFFSET = {"stack": 0.015, "pick_place": 0.05, "place_in_bowl": 0.05}  # m, between the axes
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Pose of an object: base centre m, wxyz quaternion, linear velocity m/s, all in `world`."""
+
+    xyz: np.ndarray
+    quat: np.ndarray
+    velocity: np.ndarray
+
+    @property
+    def up(self) -> float:
+        """Cosine of its tilt."""
+        _, x, y, _ = self.quat
+        return float(1 - 2 * (x * x + y * y))
+
+
+@dataclass
+class Judge:
+    """Fed with truth as time goes on. `partial`: the right object was lifted; `success` latches."""
+
+    task: Task
+    table_z: float
+    partial: bool = False
+    success: bool = False
+    success_s: float | None = None
+    wrong_object: bool = False  # something else was lifted first
+    drops: int = 0  # times the moved object was lifted and came down without success
+    _held_since: float | None = None
+    _aloft: bool = False
+
+    def update(self, time_s: float, things: dict[str, Thing], tcp_xyz: np.ndarray) -> None:
+        """things: by name; tcp_xyz [3]: tool centre point of the picking arm, m, world."""
+        moved, target = things[self.task.named("moved")], things[self.task.named("target")]
+        height = moved.xyz[2] - self.table_z
+        lifted = height > LIFTED_M
+        if lifted:
+            self.partial = True
+        elif not self.partial:
+            others = [t for name, t in things.items() if name != self.task.named("moved")]
+            self.wrong_object |= any(t.xyz[2] - self.table_z > LIFTED_M for t in others)
+        done = self._placed(moved, target, tcp_xyz)
+        beside = np.hypot(*(moved.xyz - target.xyz)[:2]) > 2 * _OFFSET[self.task.kind]
+        if self._aloft and not lifted and beside:
+            self.drops += 1
+        self._aloft = lifted
+        if not done:
+            self._held_since = None
+        elif self._held_since is None:
+            self._held_since = time_s
+        elif time_s - self._held_since >= SETTLED_S and not self.success:
+            self.success, self.success_s = True, time_s
+
+    def _placed(self, moved: Thing, target: Thing, tcp_xyz: np.ndarray) -> bool:
+        low, high = _HEIGHT[self.task.kind]
+        offset = moved.xyz - target.xyz
+        upright = min(moved.up, target.up) > UPRIGHT if self.task.kind == "stack" else target.up > UPRIGHT
+        return bool(
+            np.hypot(offset[0], offset[1]) < _OFFSET[self.task.kind]
+            and low < offset[2] < high
+            and upright
+            and np.linalg.norm(moved.velocity) < RESTED_M_S
+            and np.linalg.norm(target.velocity) < RESTED_M_S
+            and np.linalg.norm(tcp_xyz - moved.xyz - GRASPED) > CLEAR_M
+        )

@@ -1,0 +1,70 @@
+"""What a seed makes of a task: colours, places, instruction. The same seed is the same trial everywhere."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from config.loading import load
+from config.task import Region, Task
+from config.workcell import Prop, Workcell
+
+_TRIES = 2000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set-up. `workcell` holds the objects as props at their places, in the task's order."""
+
+    task: Task
+    seed: int
+    split: str
+    workcell: Workcell
+    yaws_rad: tuple[float, ...]  # of the props about z
+    instruction: str
+
+
+def make_trial(task: Task, seed: int, split: str = "seen", template: int | None = 0) -> Trial:
+    """The set-up of `seed`; `template` picks the instruction's wording, None draws one (for demonstrations).
+
+    Raises ValueError for an unknown split or a region too small for the objects.
+    """
+    if split not in ("seen", "unseen"):
+        raise ValueError(f"split {split!r} is not seen or unseen")
+    choices = getattr(task, split)
+    random = np.random.default_rng([seed, split == "unseen"])
+    words, shades = [], []
+    drawn = iter(random.permutation(len(choices.colours)))
+    for thing in task.objects:
+        colour = thing.colour or choices.colours[next(drawn)]
+        words.append(colour.word)
+        shades.append(colour.rgb)
+    places = _places(random, task, [thing.region or choices.region for thing in task.objects])
+    props = tuple(
+        Prop(name=thing.name, kind=thing.kind, xy=tuple(map(float, place)), rgb=rgb)
+        for thing, place, rgb in zip(task.objects, places, shades, strict=True)
+    )
+    names = {thing.role: word for thing, word in zip(task.objects, words, strict=True)}
+    template = int(random.integers(len(task.instructions))) if template is None else template
+    base = load(Workcell, task.workcell)
+    return Trial(
+        task=task,
+        seed=seed,
+        split=split,
+        workcell=base.model_copy(update={"props": props, "props_jitter_xy": (0.0, 0.0)}),
+        yaws_rad=tuple(random.uniform(-math.pi, math.pi, len(props)).tolist()),
+        instruction=task.instructions[template].format(moved=names["moved"], target=names["target"]),
+    )
+
+
+def _places(random: np.random.Generator, task: Task, regions: list[Region]) -> np.ndarray:
+    """Centres [n, 2] m, all `clearance_m` apart: whole sets are drawn anew, so that no object is favoured."""
+    low, high = np.array([r.min_xy for r in regions]), np.array([r.max_xy for r in regions])
+    n = len(regions)
+    apart = ~np.eye(n, dtype=bool)
+    for _ in range(_TRIES):
+        xy = random.uniform(low, high, (n, 2))
+        distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
+        if n == 1 or distance[apart].min() >= task.clearance_m:
+            return xy
+    raise ValueError(f"{task.name}: {n} objects {task.clearance_m} m apart do not fit their regions")

@@ -1,0 +1,85 @@
+"""Trials are repeatable and fit the table, the experts do the tasks by physics, the judge is not fooled."""
+
+import numpy as np
+import pytest
+
+from config.loading import load
+from config.task import Task
+from simulation.demonstrate import Demonstrator
+from simulation.tasks.score import SETTLED_S, Judge, Thing
+from simulation.tasks.trial import make_trial
+
+TASKS = ("stack_cups", "pick_place", "place_in_bowl")
+LEVEL = np.array([1.0, 0.0, 0.0, 0.0])
+TOP = 0.75
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("split", ["seen", "unseen"])
+def test_a_seed_is_one_set_up_with_different_colours_and_room_between_the_objects(name, split):
+    task = load(Task, name)
+    choices = {c.word for c in getattr(task, split).colours}
+    for seed in range(20):
+        trial = make_trial(task, seed, split)
+        assert trial == make_trial(task, seed, split)
+        xy = np.array([p.xy for p in trial.workcell.props])
+        apart = np.linalg.norm(xy[:, None] - xy[None], axis=-1)[~np.eye(len(xy), dtype=bool)]
+        assert apart.min() >= task.clearance_m
+        shades = [p.rgb for p in trial.workcell.props]
+        assert len(set(shades)) == len(shades)
+        assert choices & set(trial.instruction.split())
+    assert make_trial(task, 0, split) != make_trial(task, 1, split)
+    assert make_trial(task, 0, "seen").workcell != make_trial(task, 0, "unseen").workcell
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_expert_does_the_task_from_a_disturbed_start_without_long_rests(name):
+    task = load(Task, name)
+    trial = make_trial(task, 3)
+    demonstrator = Demonstrator(trial)
+    steps = list(demonstrator.play(trial, seed=0, start_spread_rad=0.05))
+    judge = demonstrator.world.judge
+    assert judge.success and judge.partial and not judge.wrong_object and judge.drops == 0
+    assert judge.success_s < task.time_limit_s
+    joints = np.array([[s.action_joints[arm] for arm in sorted(s.action_joints)] for s in steps])
+    rates = np.abs(np.diff(joints, axis=0)).max((1, 2)) * demonstrator.rate_hz
+    assert rates.max() < 2.0  # rad/s, within every joint's limit
+    assert len(np.unique([s.action_openings[task.arm] for s in steps])) == 2
+    error = np.array([[s.joints[arm] for arm in sorted(s.joints)] for s in steps])[1:] - joints[:-1]
+    assert np.sqrt((error**2).mean()) < 0.02
+
+
+def thing(x, y, z, speed=0.0, quat=LEVEL) -> Thing:
+    return Thing(np.array([x, y, z]), quat, np.array([speed, 0.0, 0.0]))
+
+
+def judged(moved: Thing, target: Thing, hand=(0.0, 0.0, 1.4), other: Thing | None = None) -> Judge:
+    judge = Judge(load(Task, "stack_cups"), TOP)
+    things = {"cup_a": moved, "cup_b": target, "cup_c": other or thing(0.6, 0.2, TOP)}
+    for t in np.arange(0.0, SETTLED_S + 0.2, 0.05):
+        judge.update(t, things, np.array(hand))
+    return judge
+
+
+def test_only_a_rested_released_upright_stack_counts():
+    base = thing(0.5, 0.0, TOP)
+    stacked = judged(thing(0.505, 0.0, TOP + 0.04), base)
+    assert stacked.success and stacked.partial and stacked.success_s >= SETTLED_S
+    tipped = np.array([np.cos(0.4), np.sin(0.4), 0.0, 0.0])
+    for why, moved, hand in (
+        ("beside", thing(0.55, 0.0, TOP + 0.04), (0.0, 0.0, 1.4)),
+        ("on the table", thing(0.5, 0.1, TOP), (0.0, 0.0, 1.4)),
+        ("hovering high", thing(0.5, 0.0, TOP + 0.2), (0.0, 0.0, 1.4)),
+        ("moving", thing(0.5, 0.0, TOP + 0.04, speed=0.1), (0.0, 0.0, 1.4)),
+        ("tipped", thing(0.5, 0.0, TOP + 0.04, quat=tipped), (0.0, 0.0, 1.4)),
+        ("still held", thing(0.5, 0.0, TOP + 0.04), (0.5, 0.0, TOP + 0.11)),
+    ):
+        assert not judged(moved, base, hand).success, why
+
+
+def test_lifting_another_object_first_is_noted_and_lifting_the_right_one_is_partial():
+    base = thing(0.5, 0.0, TOP)
+    wrong = judged(thing(0.4, 0.1, TOP), base, other=thing(0.6, 0.2, TOP + 0.1))
+    assert wrong.wrong_object and not wrong.partial and not wrong.success
+    right = judged(thing(0.4, 0.1, TOP + 0.1), base)
+    assert right.partial and not right.success and not right.wrong_object
