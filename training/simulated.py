@@ -1,10 +1,14 @@
-"""Demonstrations of the circles expert as the front camera sees them: `python -m training.simulated --help`.
+"""Demonstrations as the front camera sees them, in quantity: `python -m training.simulated --help`.
 
-Kinematic: the arms are drawn where the expert puts them, without physics. A process of its own, since
-MuJoCo's renderer and torch do not share one.
+Kinematic: the arms are drawn where circles and scripted motions towards cups put them, without physics.
+Processes of their own, since MuJoCo's renderer and torch do not share one.
 """
 
 import argparse
+import functools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +18,19 @@ from config.embodiment import Embodiment
 from config.loading import load
 from config.robot import Robot
 from config.workcell import Workcell
+from episodes import layout
+from episodes.writer import Writer
 from policy_server.images import fit
 from simulation import render, workcell
 from simulation.experts import circles
+from training import motions
 from training.demonstrations import Demonstrations
 
 START_SPREAD_RAD = 0.08  # of an episode's first configuration about the cycle
+KINDS = ("circles", *motions.KINDS)
+CAMERA = "observation.images.front"
+_SUPERSAMPLING = 3  # of the picture's height, before it is made small
+_TRIES = 200
 
 
 def arm_addresses(model, arm: int) -> tuple[list[int], list[int]]:
@@ -80,6 +91,146 @@ def record(
     )
 
 
+@dataclass(frozen=True)
+class Episode:
+    """One recording. T frames at the embodiment's rate, D dimensions in its order."""
+
+    task: str
+    frames: np.ndarray  # uint8 RGB [T, s, s, 3]
+    state: np.ndarray  # float32 [T, D], where arms and fingers are
+    actions: np.ndarray  # float32 [T, D], where they are told to be
+
+
+class Studio:
+    """One renderer and what it takes to act in front of it."""
+
+    def __init__(self, robot: Robot, image_size: int, cache: Path):
+        self.scene, self.embodiment = load(Workcell, robot.workcell), load(Embodiment, robot.embodiment)
+        height = _SUPERSAMPLING * image_size
+        width = round(height * robot.camera.width / robot.camera.height)
+        self._size = image_size
+        self._painter = render.Painter(self.scene, width, height, render.live_meshes(cache))
+        model = self._painter.model
+        self._addresses = {arm: arm_addresses(model, i) for i, arm in enumerate(self.scene.arms)}
+        self._props = {p.name: int(model.joint(f"{p.name}_free").qposadr[0]) for p in self.scene.props}
+        self._homes = {arm: np.array(robot.arms[arm].home_rad) for arm in self.scene.arms}
+        self._hands = {arm: motions.Hand(model, i, self._homes[arm]) for i, arm in enumerate(self.scene.arms)}
+
+    def episode(self, number: int, kinds: tuple[str, ...], steps: int, seed: int) -> Episode:
+        """Episode `number` of the run `seed`: the same whoever makes it. Raises Unreachable."""
+        rng = np.random.default_rng([seed, number])
+        kind = kinds[number % len(kinds)]
+        for _ in range(_TRIES):
+            places = motions.scatter(self.scene, rng)
+            try:
+                return (
+                    self._circles(places, steps, rng)
+                    if kind == "circles"
+                    else self._act(kind, places, steps, rng)
+                )
+            except motions.Unreachable as error:
+                failure = error
+        raise failure
+
+    def _circles(self, places: dict[str, np.ndarray], steps: int, rng: np.random.Generator) -> Episode:
+        tasks = [task for task, arms in circles.TASKS.items() if set(arms) <= set(self._homes)]
+        task = tasks[int(rng.integers(len(tasks)))]
+        q = start(rng, self._homes, circles.TASKS[task])
+        joints, openings = circles.rollout(q, self._homes, task, steps, self.embodiment.rate_hz)
+        seen = {arm: np.concatenate([np.full(3, o[0]), o[:-3]]) for arm, o in openings.items()}
+        return self._film(task, joints, openings, seen, places, {}, rng)
+
+    def _act(self, kind: str, places: dict[str, np.ndarray], steps: int, rng: np.random.Generator) -> Episode:
+        motion = motions.draw(self.scene, self._hands, places, kind, steps, self.embodiment.rate_hz, rng)
+        still = {arm: home + rng.normal(0, 0.03, 7) for arm, home in self._homes.items()}
+        joints = {arm: np.tile(q, (len(motion.joints), 1)) for arm, q in still.items()}
+        openings = {arm: np.ones(len(motion.joints)) for arm in self._homes}
+        seen = {**openings, motion.arm: motion.opening}
+        joints[motion.arm], openings[motion.arm] = motion.joints, motion.command
+        return self._film(motion.task, joints, openings, seen, places, motion.things, rng)
+
+    def _film(
+        self,
+        task: str,
+        joints: dict[str, np.ndarray],
+        openings: dict[str, np.ndarray],
+        seen: dict[str, np.ndarray],
+        places: dict[str, np.ndarray],
+        moving: dict[str, np.ndarray],
+        rng: np.random.Generator,
+    ) -> Episode:
+        names, steps = self.embodiment.names, len(next(iter(joints.values())))
+        qpos = self._painter.data.qpos.copy()
+        for name, address in self._props.items():
+            yaw = rng.uniform(-np.pi, np.pi)
+            qpos[address : address + 7] = [*places[name], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        frames = np.empty((steps, self._size, self._size, 3), np.uint8)
+        for step in range(steps):
+            for arm, (joint_at, finger_at) in self._addresses.items():
+                qpos[joint_at] = joints[arm][step]
+                qpos[finger_at] = workcell.HAND_WIDTH / 2 * seen[arm][step]
+            for name, path in moving.items():
+                qpos[self._props[name] : self._props[name] + 3] = path[step]
+            frames[step] = fit(self._painter.paint(qpos), (self._size, self._size))
+        return Episode(
+            task=task,
+            frames=frames,
+            state=np.stack([_dimension(n, joints, seen) for n in names], -1).astype(np.float32),
+            actions=np.stack([_dimension(n, joints, openings) for n in names], -1).astype(np.float32),
+        )
+
+    def close(self) -> None:
+        self._painter.close()
+
+
+_studio: Studio  # of a worker process
+
+
+def _open_studio(robot: Robot, image_size: int, cache: Path) -> None:
+    global _studio
+    _studio = Studio(robot, image_size, cache)
+
+
+def _make(kinds: tuple[str, ...], steps: int, seed: int, number: int) -> Episode:
+    return _studio.episode(number, kinds, steps, seed)
+
+
+def write(
+    out: Path,
+    robot: Robot,
+    image_size: int,
+    episodes: int,
+    steps: int,
+    seed: int,
+    cache: Path,
+    kinds: tuple[str, ...] = KINDS,
+    workers: int = 2,
+) -> None:
+    """A LeRobotDataset v3.0 at `out`; an interrupted run goes on where it was.
+
+    Raises EpisodesError if the dataset there is another robot's, Unreachable if no motion fits in `steps`.
+    """
+    embodiment = load(Embodiment, robot.embodiment)
+    vector = layout.vector(embodiment.names)
+    features = {CAMERA: layout.camera(image_size, image_size), "observation.state": vector, "action": vector}
+    if (out / layout.INFO).is_file():
+        writer = Writer(out)
+        if layout.recorded(writer.info) != tuple(features) or writer.info["features"]["action"] != vector:
+            writer.close()
+            raise layout.EpisodesError(f"{out} holds other recordings: choose another folder")
+    else:
+        writer = Writer.create(out, round(embodiment.rate_hz), features, embodiment.name)
+    render.live_meshes(cache)  # made once, before the workers look for them
+    make = functools.partial(_make, kinds, steps, seed)
+    numbers = range(writer.episodes, episodes)
+    context = multiprocessing.get_context("spawn")
+    with writer, ProcessPoolExecutor(workers, context, _open_studio, (robot, image_size, cache)) as pool:
+        for episode in track(pool.map(make, numbers), "episodes", total=len(numbers)):
+            for frame, state, action in zip(episode.frames, episode.state, episode.actions, strict=True):
+                writer.add({CAMERA: frame, "observation.state": state, "action": action}, episode.task)
+            writer.save()
+
+
 def _dimension(name: str, joints: dict[str, np.ndarray], openings: dict[str, np.ndarray]) -> np.ndarray:
     arm, _, part = name.split("_")  # left_fr3_joint1, left_fr3_gripper
     return openings[arm] if part == "gripper" else joints[arm][:, int(part.removeprefix("joint")) - 1]
@@ -90,16 +241,30 @@ def main() -> None:
     parser.add_argument("--robot", default="sim_bimanual", help="file in config/robots, or a path")
     parser.add_argument("--image-size", type=int, default=64, help="px, square, as the policy sees it")
     parser.add_argument("--episodes", type=int, default=180)
-    parser.add_argument("--steps", type=int, default=60, help="frames of an episode")
+    parser.add_argument("--steps", type=int, default=60, help="frames of an episode; long motions take more")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="demonstrations, .npz")
+    parser.add_argument("--out", type=Path, required=True, help="folder for lerobot, file for npz")
+    parser.add_argument(
+        "--format", choices=("npz", "lerobot"), default="npz", help="npz: circles only, for training.tiny"
+    )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="lerobot: motions, in turn (default: all)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="lerobot: rendering processes")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "vipra_ros", help="decimated meshes"
     )
     args = parser.parse_args()
-    record(load(Robot, args.robot), args.image_size, args.episodes, args.steps, args.seed, args.cache).save(
-        args.out
-    )
+    robot = load(Robot, args.robot)
+    run = (robot, args.image_size, args.episodes, args.steps, args.seed, args.cache)
+    if args.format == "npz":
+        record(*run).save(args.out)
+    else:
+        write(args.out, *run, tuple(args.kinds), args.workers)
 
 
 if __name__ == "__main__":

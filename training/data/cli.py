@@ -12,6 +12,7 @@ from rich.table import Table
 from config.dataset import DatasetConfig, Mixture
 from config.loading import load
 from training.data.check import Report, check, contact_sheet
+from training.data.episode import DataError
 from training.data.open import open_dataset
 
 EPILOG = """\
@@ -64,6 +65,8 @@ def mixture(dataset: str) -> Mixture:
     """What a command line names: a folder, a YAML file, or a name in config/datasets."""
     if Path(dataset).expanduser().is_dir():
         return Mixture(datasets=(DatasetConfig(path=dataset),))
+    if os.sep in dataset and not dataset.endswith((".yaml", ".yml")):
+        raise DataError(f"{dataset}: no such folder")
     return load(Mixture, dataset)
 
 
@@ -98,7 +101,7 @@ def _table(report: Report) -> Table:
     for view, sizes in report.resolutions.items():
         table.add_row(f"view {view}", ", ".join(f"{size}: {n}" for size, n in sizes.items()))
     table.add_row("instructions", f"{report.instructions} different, {report.uninstructed} episodes without")
-    for kind, found in (("actions", report.action_dimensions), ("state", report.state_dimensions)):
+    for kind, found in (("state", report.state_dimensions), ("actions", report.action_dimensions)):
         table.add_row(kind, " and ".join(f"{d} dimensions" for d in found) or "none")
     names = report.action_names or [str(i) for i in range(len(report.action_min or ()))]
     for name, low, high in zip(names, report.action_min or (), report.action_max or (), strict=False):
