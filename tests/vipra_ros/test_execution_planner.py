@@ -33,10 +33,11 @@ class Run:
     executed: list[tuple[int, int]] = field(default_factory=list)  # seq, index of every new action
 
 
-def timeline(latency, seconds=20.0, jitter=0.0, drop=(), **policy) -> Run:
+def timeline(latency, seconds=20.0, jitter=0.0, drop=(), refuse=(), **policy) -> Run:
     """Camera, server, policy node and arms on one simulated clock; planner and reference are the real ones.
 
-    latency: s from sending to answer, plus up to `jitter`; requests whose number is in `drop` fail then.
+    latency: s from sending to answer, plus up to `jitter`; requests whose number is in `drop` fail then, and
+    the chunks of those in `refuse` do not run.
     """
     rng = np.random.default_rng(0)
     run = Run(Planner(PolicyClient(**policy), H, FRAME))
@@ -52,8 +53,11 @@ def timeline(latency, seconds=20.0, jitter=0.0, drop=(), **policy) -> Run:
                     timing = planner.received(in_flight[0], t)
                     path = move(timing.t0 + np.arange(timing.count) / timing.rate_hz)
                     chunk = Chunk(in_flight[0], timing.t0, timing.rate_hz, path, np.ones((timing.count, 2)))
-                    on_the_way.append((t + TRANSPORT, chunk))
                     run.rates.append(timing.rate_hz)
+                    if in_flight[0] in refuse:
+                        planner.refused()
+                    else:
+                        on_the_way.append((t + TRANSPORT, chunk))
                 in_flight = None
             if planner.should_request(t):
                 seq += 1
@@ -158,6 +162,27 @@ def test_a_failed_request_is_asked_again_and_runs_on():
     assert len(run.requests) > 40
     assert run.requests[5] - run.requests[4] == pytest.approx(0.06 + RETRY_S, abs=0.005)
     assert run.starved == 0, "a 14-action chunk outlasts a quick failure"
+
+
+@pytest.mark.parametrize(
+    ("anchor", "latency_s"), [("observation", 0.51), ("observation", 0.25), ("append", 0.9)]
+)
+def test_after_a_refused_chunk_the_rate_leaves_time_to_ask_again(anchor, latency_s):
+    first = timeline(latency_s, seconds=25.0, jitter=0.05, anchor=anchor, replan_after=14, refuse={6})
+    later = timeline(latency_s, seconds=25.0, jitter=0.05, anchor=anchor, replan_after=14, refuse={6, 12, 20})
+    assert later.starved == first.starved <= 200 * (latency_s + 0.1), "only the first costs a gap"
+    assert later.rates[-1] < later.rates[4] <= 22.0
+    assert "time to ask again" in later.planner.announcement
+
+
+def test_a_hundred_chunks_after_a_refusal_the_rate_is_the_highest_again():
+    run = timeline(0.51, seconds=120.0, anchor="observation", replan_after=14, refuse={6})
+    assert run.rates[50] < 0.7 * run.rates[4] and run.rates[-1] == pytest.approx(run.rates[4], rel=0.05)
+
+
+def test_a_fast_policy_keeps_22_hz_through_refusals():
+    run = timeline(0.06, jitter=0.02, replan_after=7, refuse={5, 9, 10, 15})
+    assert run.starved == 0 and set(run.rates) == {22.0} and run.planner.announcement is None
 
 
 def test_one_request_at_a_time_and_late_answers_are_ignored():

@@ -7,14 +7,15 @@ observation
     Chunk k is due from t_obs(k), so it starts L late and runs out at t_obs(k) + H / r; the first one after a
     rest is due from its arrival, since its picture still holds. The next request cannot leave before k has
     come, and its chunk runs R <= L after that: gap-free when L + R <= H / r, for certain when 2 L <= H / r.
-    The highest gap-free rate is H / (2 L_p99), whatever `replan_after` is. It leaves no time to ask again: a
-    refused chunk costs a gap of R there (H / (3 L_p99) would cost none, and a third of the rate always).
+    The highest gap-free rate is H / (2 L_p99), whatever `replan_after` is. It leaves no time to ask again for
+    a chunk that is refused; once that has happened, the rate leaves it for the next WINDOW: H / (3 L_p99).
     With n = `replan_after`, the next chunk is planned to take over n actions after this one did. That needs
     L <= n / r (asked and answered within n actions) and L <= (H - n) / r (n are left when this one starts);
     for n = 7 of 14 both say
     L <= H / (2 r). Where they fail the next chunk takes over later, at the latest when this one ends.
 append
-    A chunk begins where the last one ends, n actions after that began, so only R counts: H / R_p99.
+    A chunk begins where the last one ends, n actions after that began, so only R counts: H / R_p99, and
+    H / (2 R_p99) after a refusal.
 synchronous
     The arms rest while the policy thinks; every rate is gap-free within a chunk.
 """
@@ -31,7 +32,7 @@ DELIVERY_S = 0.02  # from an answer's arrival to the first tick that follows it:
 SETTLE_S = 0.15  # synchronous: from the last action to an arm at rest, 0.5 rad/s at 5 rad/s2 and a margin
 TICK_S = 0.01  # about how often `should_request` is asked
 RETRY_S = 0.1  # after a failed request
-WINDOW = 100  # latencies remembered
+WINDOW = 100  # answers whose latencies and refusals are remembered
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Planner:
         self._policy, self._horizon, self._frame_period = policy, horizon, frame_period_s
         self._answer: deque[float] = deque(maxlen=WINDOW)  # s, sent to running: R
         self._age: deque[float] = deque(maxlen=WINDOW)  # s, captured to sent
+        self._unrefused = WINDOW  # answers since the last refused chunk
         self._rate = math.inf  # Hz, gap-free
         self._announcement: str | None = None
         self.restart()
@@ -77,6 +79,7 @@ class Planner:
     def refused(self) -> None:
         """The chunk just received does not run: the one before it does, and the next request may leave."""
         self._current, self._in_flight, self._next = self._before, None, -math.inf
+        self._unrefused = 0
 
     @property
     def rate_hz(self) -> float:
@@ -93,12 +96,18 @@ class Planner:
         """
         if self._policy.mode == "synchronous" or not self._answer:
             return math.inf
-        answer = self._quantile(self._answer, 0.99)
+        answer, again = self._quantile(self._answer, 0.99), self._asks_again
         if self._policy.anchor == "append":
-            rate = self._horizon / answer
+            rate = self._horizon / ((1 + again) * answer)
         else:
-            rate = self._horizon / (2.0 * (answer + max(self._quantile(self._age, 0.99), self._frame_period)))
+            latency = answer + max(self._quantile(self._age, 0.99), self._frame_period)
+            rate = self._horizon / ((2 + again) * latency)
         return max(0.5, math.floor(10.0 * rate) / 10.0)
+
+    @property
+    def _asks_again(self) -> bool:
+        """Whether there shall be time for a second request before a chunk runs out."""
+        return self._unrefused < WINDOW
 
     @property
     def announcement(self) -> str | None:
@@ -154,6 +163,7 @@ class Planner:
         self._in_flight = None
         self._answer.append(now - sent + DELIVERY_S)
         self._age.append(max(0.0, sent - t_obs))
+        self._unrefused += 1
         self._adapt()
         policy, rate, horizon = self._policy, self.rate_hz, self._horizon
         n, period = policy.replan_after, 1.0 / self.rate_hz
@@ -164,15 +174,14 @@ class Planner:
         elif policy.anchor == "append":
             follows = self._current.t0 + n * self._period(self._current) if self._current else -math.inf
             timing = Timing(max(follows, now + DELIVERY_S), rate, horizon)
-            self._next = (
-                timing.t0 + (n - 1) * period - answer
-            )  # joins begin one period before the first action
+            # joins begin one period before the first action
+            self._next = timing.t0 + (n - 1) * period - (1 + self._asks_again) * answer
         else:
             # A picture of resting arms is still true when its chunk comes: that one starts with its action 0.
             rested = self._current is None or self._ends(self._current) < t_obs
             timing = Timing(now + DELIVERY_S if rested else t_obs, rate, horizon)
-            takeover = min(now + DELIVERY_S + n * period, self._ends(timing))
-            self._next = takeover - answer
+            latest = self._ends(timing) - self._asks_again * answer
+            self._next = min(now + DELIVERY_S + n * period, latest) - answer
         self._before, self._current = self._current, timing
         return timing
 
@@ -182,9 +191,10 @@ class Planner:
             return
         self._rate, self._announcement = rate, None
         if rate < wanted:
+            room = " with time to ask again for a refused chunk" if self._asks_again else ""
             self._announcement = (
                 f"{wanted:g} Hz would leave gaps at {self.latency().p99:.0f} ms latency (p99): "
-                f"running at {rate:g} Hz, the highest gap-free rate"
+                f"running at {rate:g} Hz, the highest gap-free rate{room}"
             )
 
     @staticmethod
