@@ -96,28 +96,27 @@ def write(
     sizes = {file: sum(map(part.bytes, names)) for file, (part, names) in plan.items()}
     total, done = sum(sizes.values()), sum(sizes[file] for file in finished if file in sizes)
     _require_space(partial, total - done, bool(resume))
-    for file, (part, names) in plan.items():
-        if file in finished:
-            continue
-        try:
+    try:
+        for file, (part, names) in plan.items():
+            if file in finished:
+                continue
             finished[file] = _write_shard(partial / file, part, names, progress, done, total)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                (partial / file).unlink(missing_ok=True)
-                _require_space(partial, max(total - done, _free(partial) + 1), bool(resume))
-            raise CheckpointError(f"{partial / file} could not be written: {error}") from error
-        done += sizes[file]
-        if resume:
-            _replace(partial / RESUME, json.dumps({"of": resume, "files": finished}))
-    for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    (partial / RESUME).unlink(missing_ok=True)
-    value = write_manifest(partial, finished)
+            done += sizes[file]
+            if resume:
+                _replace(partial / RESUME, json.dumps({"of": resume, "files": finished}))
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        value = write_manifest(partial, finished)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _require_space(partial, max(total - done, _free(partial) + 1), bool(resume))
+        raise CheckpointError(f"{partial} could not be written: {error}") from error
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    (folder / RESUME).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     return value
 
@@ -201,7 +200,7 @@ def write_manifest(folder: Path, entries: dict[str, dict] | None = None) -> str:
     entries: files whose {"bytes", "sha256"} are known already.
     """
     entries, files = entries or {}, {}
-    for path in sorted(path for path in folder.iterdir() if path.name != MANIFEST):
+    for path in sorted(path for path in folder.iterdir() if path.name not in (MANIFEST, RESUME)):
         path.chmod(0o644)  # a server under another account must read them
         files[path.name] = entries.get(path.name) or {"bytes": path.stat().st_size, "sha256": digest(path)}
     text = json.dumps({"format": FORMAT, "files": files}, indent=1)

@@ -76,7 +76,7 @@ def describe(path: Path, progress: folders.Progress | None) -> dict:
     """Size and SHA-256 of a released file."""
     size, done, sha = path.stat().st_size, 0, hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
+        while block := file.read(1 << 20):
             sha.update(block)
             done += len(block)
             if progress:

@@ -176,6 +176,20 @@ def test_tensor_in_two_shards_is_refused(tmp_path):
         load(folder)
 
 
+def test_a_shard_that_is_not_there_is_refused_whether_or_not_the_manifest_knows(tmp_path):
+    folder = written(tmp_path / "a", shard_bytes=40_000)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    names = sorted(load_file(shard))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
+        load(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][shard.name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"missing tensors .*{names[0]}"):
+        load(folder)
+
+
 def test_damaged_files_are_refused_by_name(tmp_path):
     def case(name, change, message, seal=False):
         folder = written(tmp_path / "a")
