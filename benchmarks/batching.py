@@ -12,7 +12,6 @@ from functools import partial
 from rich.progress import track
 
 from benchmarks import common, device
-from benchmarks.chunk_latency import skipped
 
 KINDS = ("eager", "graph", "fp8")
 BATCHES = (1, 2, 4, 8, 16)
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     rates = device.measure(config, where, batches, min(1.0, 0.05 * rounds))
     checkpoint, rows = common.random_checkpoint(config, where), []
     for kind in track(KINDS, "batching"):
-        if reason := skipped(kind, where):
+        if reason := common.skipped(kind, where):
             empty = dict.fromkeys(key for key in TITLES if key not in ("variant", "batch"))
             rows += [{"variant": kind, "batch": n} | empty | {"skipped": reason} for n in batches]
             continue
@@ -75,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     common.show(f"vipra_{arguments.model}: full batches, {report['device']}", rows, TITLES)
-    common.print_skipped(rows)
+    for reason in common.reasons(rows):
+        print(f"skipped {reason}")
     common.write_json(arguments.json, report)
     return 0
 

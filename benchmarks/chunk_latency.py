@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from benchmarks import common, device
-from models import fp8, sequence
+from models import sequence
 from models.backbone import rope
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
@@ -238,15 +238,6 @@ def served(engine: Engine) -> Chunk:
     return run
 
 
-def skipped(variant: str, where: torch.device) -> str | None:
-    """Why `variant` cannot run on this device, or None."""
-    if where.type != "cuda" and variant == "graph":
-        return "CUDA graphs need a GPU: a CPU runs `eager`"
-    if "fp8" in variant and not (where.type == "cuda" and fp8.supported(where)):
-        return "fp8 products need a GPU of compute capability 9.0 (Hopper) or later"
-    return None
-
-
 @dataclass(frozen=True)
 class Ways:
     """Everything that computes chunks of one set of random weights."""
@@ -258,7 +249,9 @@ class Ways:
     @classmethod
     def build(cls, config: ModelConfig, where: torch.device) -> "Ways":
         checkpoint = common.random_checkpoint(config, where)
-        engines = {kind: common.engine(checkpoint, kind) for kind in ENGINES if skipped(kind, where) is None}
+        engines = {
+            kind: common.engine(checkpoint, kind) for kind in ENGINES if common.skipped(kind, where) is None
+        }
         return cls(checkpoint, engines, llama(checkpoint.policy))
 
     def engine(self, variant: str) -> Engine:
@@ -279,7 +272,7 @@ class Ways:
         return {
             name: around(self.checkpoint, samplers[name]) if name in samplers else served(self.engine(name))
             for name in VARIANTS
-            if skipped(name, policy.device) is None
+            if common.skipped(name, policy.device) is None
         }
 
 
@@ -311,7 +304,7 @@ def measure(ways: Ways, rates: device.Rates, prompt: int, rounds: int) -> list[d
     for name in VARIANTS:
         row = {"variant": name, "prompt_tokens": prompt, "action_dim": config.action_dim}
         rows.append(row)
-        if reason := skipped(name, where):
+        if reason := common.skipped(name, where):
             row |= dict.fromkeys(TITLES.keys() - row.keys()) | {"skipped": reason}
             continue
         precision = device.PRECISIONS[where.type]["fp8" in name]
@@ -350,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     common.show(f"vipra_{arguments.model}: chunk latency, {report['device']}", rows, TITLES)
-    common.print_skipped(rows)
+    for reason in common.reasons(rows):
+        print(f"skipped {reason}")
     common.write_json(arguments.json, report)
     return 0
 

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from models import sequence
+from models import fp8, sequence
 from models.checkpoint import Checkpoint, initialize
 from models.config import SIZES, ModelConfig
 from models.normalization import Normalizer
@@ -237,10 +237,18 @@ def show(title: str, rows: list[dict], titles: dict[str, str]) -> None:
     console.print(table)
 
 
-def print_skipped(rows: list[dict]) -> None:
+def skipped(variant: str, device: torch.device) -> str | None:
+    """Why a variant cannot run on this device, or None."""
+    if device.type != "cuda" and variant == "graph":
+        return "CUDA graphs need a GPU: a CPU runs `eager`"
+    if "fp8" in variant and not (device.type == "cuda" and fp8.supported(device)):
+        return "fp8 products need a GPU of compute capability 9.0 (Hopper) or later"
+    return None
+
+
+def reasons(rows: list[dict]) -> list[str]:
     """Why rows are empty, each reason once."""
-    for reason in dict.fromkeys(f"{row['variant']}: {row['skipped']}" for row in rows if "skipped" in row):
-        print(f"skipped {reason}")
+    return list(dict.fromkeys(f"{row['variant']}: {row['skipped']}" for row in rows if "skipped" in row))
 
 
 def markdown(rows: list[dict], titles: dict[str, str]) -> str:

@@ -67,6 +67,7 @@ STEPS = (
     Step("fleet", "benchmarks.fleet", 200, needs=("zmq", "msgpack")),
     Step("fleet_fp8", "benchmarks.fleet", 200, ("--fp8",), ("zmq", "msgpack"), needs_gpu=True),
 )
+TITLED = ("chunk_latency", "batching", "accuracy", "startup")  # the others' columns are their keys
 ALWAYS = ("torch", "numpy", "yaml", "rich", "pydantic", "safetensors", "tokenizers")
 
 
@@ -94,8 +95,6 @@ def command(step: Step, arguments: argparse.Namespace, result: Path) -> list[str
     out += ["--json", str(result), *step.options]
     if arguments.repeats:
         out += ["--repeats", str(arguments.repeats)]
-    if step.name == "startup":
-        out += ["--folder", str(result.with_name("checkpoint"))]
     return out
 
 
@@ -191,37 +190,26 @@ def targets(results: dict[str, dict]) -> list[dict]:
 
 def summary(out: Path, status: dict[str, str]) -> str:
     """The whole result as markdown."""
-    from benchmarks import accuracy, batching, chunk_latency, common, device, startup
+    from benchmarks import common, device
 
     results = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
     first = next((r for r in results.values() if "device" in r), {})
     text = [", ".join(str(first.get(key)) for key in ("device", "date", "commit", "torch"))]
     text += ["", "\n".join(f"- {name}: {what}" for name, what in status.items()), "", "## Targets", ""]
     text.append(common.markdown(targets(results), {k: k for k in ("what", "target", "floor", "measured")}))
-    titles = {
-        "tests": {key: key for key in ("tests", "failures", "errors", "skipped")},
-        "chunk_latency": chunk_latency.TITLES,
-        "batching": batching.TITLES,
-        "accuracy": accuracy.TITLES,
-        "startup": startup.TITLES,
-    }
     for name, result in results.items():
         text += ["", f"## {name}", ""]
         if name == "device":
             text.append(f"Copy: {result['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s read and written.\n")
             text.append(common.markdown(result["matmul"], device.RATE_TITLES) + "\n")
             text.append(common.markdown(result["floors"], device.FLOOR_TITLES))
-        elif name in titles:
-            text.append(common.markdown(result["rows"], titles[name]))
-            reasons = {
-                f"{r['variant']}: {r['skipped']}"
-                for r in result["rows"]
-                if r.get("skipped") and "variant" in r
-            }
-            text += ["", *sorted(f"- skipped {reason}" for reason in reasons)]
         else:
-            rows = result.get("rows") or [{}]
-            text.append(common.markdown(rows, {key: key for key in rows[0]}))
+            module = importlib.import_module(f"benchmarks.{name}") if name in TITLED else None
+            keys = dict.fromkeys(key for row in result["rows"] for key in row)
+            text.append(
+                common.markdown(result["rows"], module.TITLES if module else {key: key for key in keys})
+            )
+            text += ["", *(f"- skipped {reason}" for reason in common.reasons(result["rows"]))]
     return "\n".join(text) + "\n"
 
 
