@@ -67,7 +67,7 @@ class StartUp:
     def __init__(self, bars: bool):
         self._tasks: dict[str, int] = {}
         self._told: dict[str, float] = {}
-        self._bars = None
+        self._closed, self._bars = False, None
         if bars:
             columns = TextColumn("{task.description:20}"), BarColumn(), TextColumn("{task.fields[amount]}")
             console = Console(stderr=True)
@@ -75,6 +75,8 @@ class StartUp:
 
     def show(self, stage: str, done: int, total: int) -> None:
         amount = _amount(done, total)
+        if self._closed:
+            return
         if self._bars is None:
             now = time.monotonic()
             if stage not in self._told or done >= total or now - self._told[stage] >= TELL_S:
@@ -87,7 +89,8 @@ class StartUp:
         self._bars.update(self._tasks[stage], completed=done, total=total, amount=amount)
 
     def close(self) -> None:
-        """Leave what is shown as it is; later calls of `show` draw nothing."""
+        """Leave what is shown as it is; later calls of `show` show nothing."""
+        self._closed = True
         if self._bars is not None:
             self._bars.stop()
 
@@ -184,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Same machine:   vipra serve --policy vipra_tiny_bimanual\n"
         "Another machine: vipra keys server --out keys; vipra keys robot --out keys;\n"
         "                 vipra serve --policy vipra_7b --bind tcp://0.0.0.0:5555 --keys keys\n"
-        "                 then copy keys/server.key and keys/robot.key_secret to the robot PC.",
+        "                 then copy keys/server.key and keys/robot.key_secret to the robot PC.\n"
+        "Exit status:     0 stopped, 1 it cannot be served, 2 wrong options, 3 the GPU failed: start again",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

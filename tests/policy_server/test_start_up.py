@@ -41,6 +41,8 @@ def test_on_a_terminal_each_stage_is_a_bar(monkeypatch):
     start_up.close()
     start_up.close()
     drawn = screen.file.getvalue()
+    start_up.show("capturing graphs", 0, 4)
+    assert screen.file.getvalue() == drawn
     assert (
         "reading checkpoint" in drawn
         and "32.0/32.0 MiB" in drawn
