@@ -7,7 +7,7 @@ import av
 import numpy as np
 
 KEYFRAME_INTERVAL = 2  # lerobot's: random access costs two decodes at most
-QUALITY_CRF = 30  # lerobot's
+CRF = 30  # quality, lerobot's; lower is better
 _SEEK_AHEAD_S = 0.5  # a wanted frame further ahead than this is sought, a nearer one decoded up to
 
 
@@ -18,11 +18,12 @@ class VideoError(ValueError):
 class Encoder:
     """Writes one H.264 file frame by frame. No B-frames: a frame's place in the file is its time."""
 
-    def __init__(self, path: Path, fps: int, height: int, width: int):
+    def __init__(self, path: Path, fps: int, height: int, width: int, crf: int = CRF):
         if height % 2 or width % 2:
             raise VideoError(f"{width}x{height} px cannot be H.264 yuv420p: make both even, or record images")
+        self.closed = False
         self._file = av.open(str(path), "w", format="mp4")
-        options = {"g": str(KEYFRAME_INTERVAL), "crf": str(QUALITY_CRF), "bf": "0"}
+        options = {"g": str(KEYFRAME_INTERVAL), "crf": str(crf), "bf": "0"}
         self._stream = self._file.add_stream("libx264", rate=fps, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
 
@@ -30,8 +31,11 @@ class Encoder:
         self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
 
     def close(self) -> None:
-        self._file.mux(self._stream.encode(None))
-        self._file.close()
+        """Complete the file. A second call does nothing."""
+        if not self.closed:
+            self.closed = True
+            self._file.mux(self._stream.encode(None))
+            self._file.close()
 
 
 def concatenate(parts: Sequence[Path], target: Path, fps: int) -> None:

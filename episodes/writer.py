@@ -31,9 +31,12 @@ _MOVE_ORDER = ("videos", "data", "meta/tasks", "meta/episodes", "meta/stats", "m
 class Writer:
     """The only writer of a dataset; a second one is refused. Frames with `add`, then `save` or `discard`."""
 
-    def __init__(self, root: Path):
-        """Continue the dataset at `root`. Raises EpisodesError if there is none or another is writing."""
-        self.root = Path(root)
+    def __init__(self, root: Path, crf: int = video.CRF):
+        """Continue the dataset at `root`. crf: H.264 quality of new episodes, lower is better.
+
+        Raises EpisodesError if there is no dataset or another writer is at work.
+        """
+        self.root, self._crf = Path(root), crf
         layout.read_info(self.root)  # before anything is touched
         self._lock = _lock(self.root)
         try:
@@ -56,6 +59,7 @@ class Writer:
         robot_type: str | None = None,
         data_file_mb: int = layout.DATA_FILE_MB,
         video_file_mb: int = layout.VIDEO_FILE_MB,
+        crf: int = video.CRF,
     ) -> "Writer":
         """Start an empty dataset. Raises EpisodesError if `root` holds one or a feature is unknown."""
         root = Path(root)
@@ -67,7 +71,7 @@ class Writer:
         info["data_files_size_in_mb"], info["video_files_size_in_mb"] = data_file_mb, video_file_mb
         (root / "meta").mkdir(parents=True, exist_ok=True)
         _write_json(root / layout.INFO, info)
-        return cls(root)
+        return cls(root, crf)
 
     @property
     def episodes(self) -> int:
@@ -110,7 +114,6 @@ class Writer:
             raise EpisodesError("an episode without frames is not saved: add frames first")
         for encoder in self._encoders.values():
             encoder.close()
-        self._encoders = {key: None for key in self._encoders}  # closed, file complete
         staged = self.root / _SAVING
         shutil.rmtree(staged, ignore_errors=True)
         try:
@@ -129,8 +132,7 @@ class Writer:
     def discard(self) -> None:
         """Drop the running episode."""
         for encoder in self._encoders.values():
-            if encoder is not None:
-                encoder.close()
+            encoder.close()
         self._forget()
         shutil.rmtree(self.root / _RECORDING, ignore_errors=True)
 
@@ -153,8 +155,9 @@ class Writer:
     def _encoder(self, key: str) -> video.Encoder:
         if key not in self._encoders:
             height, width, _ = self.info["features"][key]["shape"]
-            self._encoders[key] = video.Encoder(self._recording(key), self.info["fps"], height, width)
-        if self._encoders[key] is None:
+            path = self._recording(key)
+            self._encoders[key] = video.Encoder(path, self.info["fps"], height, width, self._crf)
+        if self._encoders[key].closed:
             raise EpisodesError("the episode is complete: save or discard it before adding frames")
         return self._encoders[key]
 

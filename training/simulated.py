@@ -31,6 +31,7 @@ KINDS = ("circles", *motions.KINDS)
 CAMERA = "observation.images.front"
 _SUPERSAMPLING = 3  # of the picture's height, before it is made small
 _TRIES = 200
+_CRF = 14  # the pictures are small: compression that suits a camera would blur them
 
 
 def arm_addresses(model, arm: int) -> tuple[list[int], list[int]]:
@@ -214,12 +215,12 @@ def write(
     vector = layout.vector(embodiment.names)
     features = {CAMERA: layout.camera(image_size, image_size), "observation.state": vector, "action": vector}
     if (out / layout.INFO).is_file():
-        writer = Writer(out)
+        writer = Writer(out, _CRF)
         if layout.recorded(writer.info) != tuple(features) or writer.info["features"]["action"] != vector:
             writer.close()
             raise layout.EpisodesError(f"{out} holds other recordings: choose another folder")
     else:
-        writer = Writer.create(out, round(embodiment.rate_hz), features, embodiment.name)
+        writer = Writer.create(out, round(embodiment.rate_hz), features, embodiment.name, crf=_CRF)
     render.live_meshes(cache)  # made once, before the workers look for them
     make = functools.partial(_make, kinds, steps, seed)
     numbers = range(writer.episodes, episodes)
