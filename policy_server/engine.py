@@ -178,9 +178,10 @@ class Engine:
         for done, rows in enumerate(batches):
             self._progress(stage, done, len(batches))
             self.infer([request] * rows)
-            self.prefetch(task, request.images[0])
-            self.infer([request] * rows)
-            self._frames.clear()
+            if self.runner.flow:
+                self.prefetch(task, request.images[0])
+                self.infer([request] * rows)
+                self._frames.clear()
         times = []
         for _ in range(5):
             start = time.perf_counter()

@@ -1,5 +1,7 @@
 """How much GPU memory an engine needs, before anything is loaded."""
 
+import functools
+
 import torch
 
 from models.config import ModelConfig
@@ -15,17 +17,23 @@ RESERVE = 512 << 20  # workspaces of CUDA's libraries and the graphs themselves
 GIB = 2**30
 
 
+@functools.cache
+def _weights(config: ModelConfig) -> tuple[int, int, int]:
+    """Number of weights of the policy as served, of those in its large matrices, and of the VQGAN."""
+    with torch.device("meta"):
+        policy, vqgan = Policy(config, serving=True), VQGAN(config.vqgan)
+    sizes = {name: p.numel() for name, p in policy.named_parameters()}
+    matrices = sum(n for name, n in sizes.items() if name.split(".")[-2] in MATRICES)
+    return sum(sizes.values()), matrices, sum(p.numel() for p in vqgan.parameters())
+
+
 def estimate(
     config: ModelConfig, dtype: torch.dtype, quantization: str, max_batch: int, vqgan_bytes: int = 4
 ) -> dict[str, int]:
     """Bytes by use, as `Engine.memory` has them, and `peak`: the most at any time, loading included."""
     width, d = dtype.itemsize, config.hidden
-    with torch.device("meta"):
-        policy, vqgan = Policy(config, serving=True), VQGAN(config.vqgan)
-    sizes = {name: p.numel() for name, p in policy.named_parameters()}
-    matrices = sum(n for name, n in sizes.items() if name.split(".")[-2] in MATRICES)
-    images = vqgan_bytes * sum(p.numel() for p in vqgan.parameters())
-    loaded = weights = width * sum(sizes.values()) + images
+    policy, matrices, vqgan = _weights(config)
+    loaded = weights = width * policy + vqgan_bytes * vqgan
     if quantization == "fp8":
         weights -= (width - 1) * matrices
         loaded += 5 * 2 * d * config.mlp_hidden  # the largest matrix on its way: fp32 and fp8

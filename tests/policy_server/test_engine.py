@@ -8,19 +8,21 @@ from config.embodiment import Embodiment
 from config.loading import ConfigError, load
 from config.policy import Policy as PolicyConfig
 from models import checkpoint as checkpoints
+from models import fp8
+from models.bins import fit as fit_bins
 from models.checkpoint import CheckpointError
 from models.normalization import fit, unfitted
 from models.sequence import PROMPT
 from models.tokenizer import Tokenizer
-from policy_server.engine import CACHED_TASKS, Engine, EngineError
-from policy_server.scheduler import Request
+from policy_server.engine import CACHED_TASKS, FRAMES_PER_ROW, Engine, EngineError
+from policy_server.scheduler import DeviceFailed, Request
 from tests.models.sizes import small
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "stack the red cup on the blue cup"
 
 
-def write(folder: Path, normalizer=None, embodiment="franka_bimanual", **choices) -> Path:
+def write(folder: Path, normalizer=None, embodiment="franka_bimanual", bins=None, **choices) -> Path:
     """A small random checkpoint for two arms."""
     space = load(Embodiment, embodiment)
     config = small(action_dim=space.action_dim, horizon=space.horizon, **choices)
@@ -29,7 +31,7 @@ def write(folder: Path, normalizer=None, embodiment="franka_bimanual", **choices
     tokenizer = Tokenizer.train([PROMPT.format(task=TASK), "<vision>", "</vision> <action>"], 300)
     text = (ROOT / "config" / "embodiments" / f"{embodiment}.yaml").read_text()
     parts = (None, None) if config.action_heads == "none" else (normalizer, text)
-    checkpoints.init_checkpoint(config, folder, tokenizer, *parts)
+    checkpoints.init_checkpoint(config, folder, tokenizer, *parts, bins=bins)
     return folder
 
 
@@ -111,6 +113,133 @@ def test_buffers_are_allocated_once(engine):
     for n in (1, 4, 2):
         engine.infer([Request(frames(n), TASK, seed=n)] * n)
     assert places() == before
+
+
+def test_a_prefetched_frame_gives_the_same_chunk_and_is_used_for_that_image_and_task_only(engine):
+    request = Request(frames(11), TASK, seed=4)
+    (wanted,) = engine.infer([request])
+    assert not wanted.prefetched
+    engine.prefetch(TASK, request.images[0].copy())
+    (early,) = engine.infer([request])
+    assert early.prefetched
+    np.testing.assert_allclose(early.actions, wanted.actions, atol=1e-5)
+    for other in (Request(frames(12), TASK, seed=4), Request(frames(11), "fold the cloth", seed=4)):
+        assert not engine.infer([other])[0].prefetched
+
+
+def test_prefetched_frames_of_several_robots_serve_one_batch(engine):
+    requests = [Request(frames(20 + i), TASK if i % 2 else "fold the cloth", seed=i) for i in range(4)]
+    wanted = [engine.infer([request])[0].actions for request in requests]
+    for request in requests[:3]:
+        engine.prefetch(request.task, request.images[0])
+    for n in (3, 4):  # the fourth was not announced: all are computed whole
+        results = engine.infer(requests[:n])
+        assert [result.prefetched for result in results] == [n == 3] * n
+        for result, actions in zip(results, wanted, strict=False):
+            np.testing.assert_allclose(result.actions, actions, atol=1e-5)
+
+
+def test_prefetched_frames_are_forgotten_used_ones_first(engine):
+    engine._frames.clear()
+    most = FRAMES_PER_ROW * engine.max_batch
+    for i in range(most):
+        engine.prefetch(TASK, frames(i)[0])
+    engine.infer([Request(frames(5), TASK)])  # uses the sixth
+    for i in range(most, most + 2):
+        engine.prefetch(TASK, frames(i)[0])
+    assert len(engine._frames) == most
+    used = [engine.infer([Request(frames(i), TASK)])[0].prefetched for i in (5, 0, 1, most + 1)]
+    assert used == [False, False, True, True]
+
+
+def test_a_bad_prefetch_is_refused(engine):
+    for task, image, code in (
+        ("", frames()[0], "bad_task"),
+        (TASK, frames(), "bad_image"),
+        (TASK, 3, "bad_image"),
+    ):
+        with pytest.raises(EngineError) as caught:
+            engine.prefetch(task, image)
+        assert caught.value.code == code
+
+
+def test_progress_and_memory_are_told(tmp_path):
+    seen = []
+    policy = PolicyConfig(checkpoint=str(write(tmp_path / "c")), device="cpu", quantization="fp8")
+    engine = Engine.from_policy(policy, lambda *step: seen.append(step))
+    engine.warm_up()
+    for stage in ("reading checkpoint", "quantising", "warming up"):
+        steps = [(done, total) for name, done, total in seen if name == stage]
+        assert steps and steps == sorted(steps) and steps[-1][0] == steps[-1][1]
+    used, runner = engine.memory(), engine.runner
+    assert used["weights"] < 4 * engine.metadata.parameters and used["graphs"] == 0
+    assert used["cache"] == 2 * runner.cache.k.nbytes and used["buffers"] > runner.images.nbytes
+    assert engine.metadata.device == "cpu" and engine.metadata.supports_prefetch
+
+
+def test_fp8_answers_close_to_float32_and_leaves_the_checkpoint_alone(tmp_path):
+    loaded = checkpoints.load(write(tmp_path / "c"), serving=True)
+    request = Request(frames(), TASK, seed=5)
+    half = Engine(loaded, quantization="fp8").infer([request])[0].actions
+    exact = Engine(loaded).infer([request])[0].actions
+    assert 0 < np.abs(exact - half).max() < 0.05
+
+
+def test_sizes_that_fp8_does_not_take_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="multiples of 16"):
+        start(write(tmp_path / "c", mlp_hidden=72), quantization="fp8")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: x"), RuntimeError("CUDA error: CUBLAS")]
+)
+def test_after_a_cuda_error_nothing_is_answered_any_more(engine, error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    request = Request(frames(), TASK)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.runner, "_integrate", fail)
+        with pytest.raises(DeviceFailed, match="the GPU failed: CUDA error"):
+            engine.infer([request])
+    for again in (lambda: engine.infer([request]), lambda: engine.prefetch(TASK, frames()[0])):
+        with pytest.raises(DeviceFailed, match="the GPU failed"):
+            again()
+    engine._lost = None
+    assert np.isfinite(engine.infer([request])[0].actions).all()
+
+
+def test_other_failures_and_lack_of_memory_concern_one_request_only(engine, monkeypatch):
+    for error, kind in ((torch.OutOfMemoryError("x"), EngineError), (RuntimeError("shape"), RuntimeError)):
+
+        def fail(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr(engine.runner, "_prefill", fail)
+            with pytest.raises(kind) as caught:
+                engine.infer([Request(frames(), TASK)])
+        assert getattr(caught.value, "code", "inference_failed") == "inference_failed"
+        assert np.isfinite(engine.infer([Request(frames(), TASK)])[0].actions).all()
+
+
+def test_discrete_actions_are_served_by_the_same_engine(tmp_path):
+    space = load(Embodiment, "franka_single")
+    kinds = tuple(dimension.kind for dimension in space.dimensions)
+    raw = np.random.default_rng(0).uniform(-0.5, 0.5, (200, 8))
+    bins = fit_bins(np.where(np.array(kinds) == "gripper", np.round(raw + 0.5), raw), space.names, kinds, 9)
+    choices = {"action_heads": "ar", "action_vocab": bins.vocab}
+    engine = start(write(tmp_path / "c", embodiment=space.name, bins=bins, **choices), max_batch=2)
+    assert not engine.metadata.supports_prefetch
+    requests = [Request(frames(i), TASK, seed=i) for i in range(2)]
+    alone = [engine.infer([request])[0].actions for request in requests]
+    for result, actions in zip(engine.infer(requests), alone, strict=True):
+        assert np.array_equal(result.actions, actions)
+        for d, centres in enumerate(bins.centres):
+            assert np.isin(result.actions[:, d], np.float32(centres)).all()
+    engine.prefetch(TASK, frames()[0])
+    assert not engine.infer(requests[:1])[0].prefetched
+    assert len(np.unique(alone)) > 2
 
 
 def test_prompts_are_computed_once_and_forgotten_oldest_first(engine):
@@ -251,3 +380,38 @@ def test_shipped_policy_files_are_valid_and_shipped_checkpoints_load(path):
     state = np.asarray(engine.normalizer.centre, np.float32) if engine.metadata.needs_state else None
     (result,) = engine.infer([Request(np.zeros((2, *size, 3), np.uint8), TASK, 0, state)])
     assert np.isfinite(result.actions).all()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_cuda_graphs_serve_what_eager_serves_and_memory_is_told(tmp_path, quantization):
+    if quantization == "fp8" and not fp8.supported(torch.device("cuda")):
+        pytest.skip("this GPU does not multiply fp8 row-wise")
+    folder, request = write(tmp_path / "c"), Request(frames(3), TASK, seed=2)
+    recorded, eager = (
+        Engine.from_policy(
+            PolicyConfig(checkpoint=str(folder), device="cuda", quantization=quantization, cuda_graphs=graphs)
+        )
+        for graphs in (True, False)
+    )
+    for engine in (recorded, eager):
+        assert engine.warm_up() > 0
+    assert len(recorded.runner.graphs) == 2 + 5 * len(recorded.runner.batches)  # no more while serving
+    np.testing.assert_array_equal(*(e.infer([request])[0].actions for e in (recorded, eager)))
+    recorded.prefetch(TASK, request.images[0]), eager.prefetch(TASK, request.images[0])
+    early = [e.infer([request])[0] for e in (recorded, eager)]
+    assert all(result.prefetched for result in early)
+    np.testing.assert_array_equal(*(result.actions for result in early))
+    assert len(recorded.runner.graphs) == 2 + 5 * len(recorded.runner.batches)
+    assert recorded.memory()["graphs"] > 0
+
+
+@needs_gpu
+def test_cuda_in_fp32_answers_as_the_cpu_does(tmp_path):
+    folder, request = write(tmp_path / "c"), Request(frames(3), TASK, seed=2)
+    policies = (PolicyConfig(checkpoint=str(folder), device=d, dtype="float32") for d in ("cpu", "cuda"))
+    cpu, gpu = (Engine.from_policy(policy).infer([request])[0].actions for policy in policies)
+    np.testing.assert_allclose(gpu, cpu, atol=1e-3)
