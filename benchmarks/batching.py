@@ -41,8 +41,8 @@ def measure(engine, kind: str, rates: device.Rates, batches: list[int], rounds: 
     rows = []
     for n in batches:
         floor = device.floor(config, rates, PROMPT, precision, n).total_ms
-        latencies = common.percentiles(times[n].values())
-        speed = 1e3 * n * len(times[n]) / sum(times[n].values())
+        latencies = times[n].percentiles
+        speed = 1e3 * n * len(times[n].wall) / sum(times[n].wall.values())
         rows.append(
             {"variant": kind, "batch": n, "chunks_per_s": round(speed, 3)}
             | latencies

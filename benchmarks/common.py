@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -132,39 +133,53 @@ def request(config: ModelConfig, task: str, seed: int = 0) -> Request:
     return Request(images, task, seed)
 
 
+@dataclass
+class Times:
+    """What each round of one variant took, ms, by number of the round."""
+
+    wall: dict[int, float] = field(default_factory=dict)
+    cpu: dict[int, float] = field(default_factory=dict)  # of this process: other load takes nothing of it
+
+    @property
+    def percentiles(self) -> dict[str, float]:
+        return percentiles(self.wall.values())
+
+    def ratio(self, reference: "Times", device: torch.device) -> float:
+        """Median over the rounds that both ran in: of wall time on a GPU, of processor time on a CPU."""
+        kind = "cpu" if device.type == "cpu" else "wall"
+        own, other = getattr(self, kind), getattr(reference, kind)
+        return round(float(np.median([own[i] / other[i] for i in own if i in other])), 4)
+
+
 def interleave(
     variants: dict[str, Callable],
     rounds: int,
     before: dict[str, Callable] | None = None,
-    rare=(),
+    rare: tuple[str, ...] = (),
     every: int = 5,
-) -> dict[str, dict[int, float]]:
-    """Wall time of each callable by round, ms: {name: {round: ms}}.
+) -> dict[str, Times]:
+    """Time every callable in every round; the order turns from round to round.
 
-    All variants share a round's disturbances, so their ratios hold on a busy machine; the order turns from
-    round to round. `before` runs untimed ahead of its variant; `rare` variants run in every `every`-th round.
+    All variants share a round's disturbances, so their ratios hold on a busy machine. `before` runs untimed
+    ahead of its variant; `rare` variants run in every `every`-th round.
     """
-    times: dict[str, dict[int, float]] = {name: {} for name in variants}
+    times = {name: Times() for name in variants}
     names = list(variants)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if name in rare and i % every:
                 continue
             (before or {}).get(name, lambda: None)()
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             variants[name]()
-            times[name][i] = (time.perf_counter() - start) * 1e3
+            times[name].wall[i] = (time.perf_counter() - start[0]) * 1e3
+            times[name].cpu[i] = (time.process_time() - start[1]) * 1e3
     return times
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float]:
     p50, p99 = np.percentile(list(values), (50, 99))
     return {"p50_ms": round(float(p50), 4), "p99_ms": round(float(p99), 4)}
-
-
-def ratio(times: dict[int, float], reference: dict[int, float]) -> float:
-    """Median of `times` / `reference` over the rounds that both ran in."""
-    return round(float(np.median([times[i] / reference[i] for i in times if i in reference])), 4)
 
 
 def header(benchmark: str, device: torch.device | str = "cpu", **more) -> dict:
