@@ -19,6 +19,9 @@ class Policy(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on cuda, float32 on cpu"
     )
+    image_encoder: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the VQGAN, cuda only; auto: dtype. bfloat16 changes 2-3 % of the image tokens"
+    )
     quantization: Literal["none", "fp8"] = Field(
         "none", description="fp8: half the memory and faster; Hopper or later GPU (cpu: emulated, slow)"
     )

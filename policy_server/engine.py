@@ -77,13 +77,14 @@ class Engine:
         steps: int = 10,
         cuda_graphs: bool = True,
         quantization: str = "none",
+        image_encoder: str = "auto",
         progress: Progress | None = None,
     ):
         """Allocates all buffers on the checkpoint's device.
 
-        quantization fp8: of a twin, the checkpoint's policy stays as it is. On a GPU a bf16 checkpoint also
-        gets its image encoder in bf16, in place. Raises CheckpointError when its parts disagree or it cannot
-        act, ConfigError for a bad embodiment.
+        Arguments as in config.policy. quantization fp8: of a twin, the checkpoint's policy stays as it is; on
+        a GPU its image encoder is converted in place. Raises CheckpointError when its parts disagree or it
+        cannot act, ConfigError for a bad embodiment.
         """
         config, policy = checkpoint.config, checkpoint.policy
         if config.action_heads == "none":
@@ -100,8 +101,10 @@ class Engine:
             policy = fp8.twin(policy)
             _quantize(policy, self._progress)
         on_gpu = self.device.type == "cuda"
-        if on_gpu and policy.dtype == torch.bfloat16:
-            checkpoint.vqgan.use_half_encoder()
+        if on_gpu:
+            checkpoint.vqgan.set_encoder(
+                policy.dtype if image_encoder == "auto" else getattr(torch, image_encoder)
+            )
         self.runner = Runner(
             policy,
             checkpoint.vqgan,
@@ -161,7 +164,13 @@ class Engine:
         if policy.quantization == "fp8":
             _quantize(loaded.policy, progress or (lambda stage, done, total: None))
         return cls(
-            loaded, policy.max_batch, policy.sampler, policy.steps, policy.cuda_graphs, progress=progress
+            loaded,
+            policy.max_batch,
+            policy.sampler,
+            policy.steps,
+            policy.cuda_graphs,
+            image_encoder=policy.image_encoder,
+            progress=progress,
         )
 
     def warm_up(self) -> float:

@@ -36,7 +36,7 @@ def parts(device="cpu", dtype=torch.float32, **choices) -> tuple[Policy, VQGAN]:
         vqgan.quantize.embedding.weight.mul_(32)
     policy.to(device, dtype).eval(), vqgan.to(device).eval()
     if torch.device(device).type == "cuda" and dtype == torch.bfloat16:
-        vqgan.use_half_encoder()
+        vqgan.set_encoder(torch.bfloat16)
     return policy, vqgan
 
 
@@ -162,7 +162,7 @@ def test_what_is_recorded_never_touches_or_waits_for_the_host(quantised):
     there raises.
     """
     policy, vqgan = parts(dtype=torch.bfloat16)
-    vqgan.use_half_encoder()
+    vqgan.set_encoder(torch.bfloat16)
     if quantised:
         fp8.quantize(policy)
     with FakeTensorMode(), torch.inference_mode():

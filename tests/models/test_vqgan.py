@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,18 @@ def test_codes_equal_upstreams_exactly(upstream):
     latents = model.latents(x).permute(0, 2, 3, 1)
     torch.testing.assert_close(latents, torch.from_numpy(expected["encoder_out"]), atol=2e-5, rtol=0)
     assert np.array_equal(model.encode(x).view(2, 16, 16).numpy(), expected["codes"])
+
+
+@torch.no_grad()
+def test_an_encoder_in_bf16_changes_few_codes_and_one_that_is_only_channels_last_none(upstream):
+    model, images, expected = upstream
+    for dtype, low, high in ((torch.float32, 0, 0), (torch.bfloat16, 0.001, 0.05)):
+        other = copy.deepcopy(model)
+        other.set_encoder(dtype)
+        assert other.encoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+        assert other.quantize.embedding.weight.dtype == torch.float32
+        codes = other.encode(other.to_input(images)).view(2, 16, 16).numpy()
+        assert low <= (codes != expected["codes"]).mean() <= high
 
 
 @torch.no_grad()
