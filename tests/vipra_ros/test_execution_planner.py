@@ -33,11 +33,11 @@ class Run:
     executed: list[tuple[int, int]] = field(default_factory=list)  # seq, index of every new action
 
 
-def timeline(latency, seconds=20.0, jitter=0.0, drop=(), refuse=(), **policy) -> Run:
+def timeline(latency, seconds=20.0, jitter=0.0, drop=(), refuse=(), slow=(), **policy) -> Run:
     """Camera, server, policy node and arms on one simulated clock; planner and reference are the real ones.
 
-    latency: s from sending to answer, plus up to `jitter`; requests whose number is in `drop` fail then, and
-    the chunks of those in `refuse` do not run.
+    latency: s from sending to answer, plus up to `jitter`; `slow`: another one by number of the request.
+    Requests whose number is in `drop` fail then, and the chunks of those in `refuse` do not run.
     """
     rng = np.random.default_rng(0)
     run = Run(Planner(PolicyClient(**policy), H, FRAME))
@@ -63,7 +63,7 @@ def timeline(latency, seconds=20.0, jitter=0.0, drop=(), refuse=(), **policy) ->
                 seq += 1
                 planner.sent(seq, np.floor((t - CAMERA_DELAY) / FRAME) * FRAME, t)
                 run.requests.append(t)
-                in_flight = seq, t + latency + jitter * rng.random()
+                in_flight = seq, t + dict(slow).get(seq, latency) + jitter * rng.random()
         if millisecond % 5 == 0:
             while on_the_way and on_the_way[0][0] <= t:
                 run.joins.append(reference.add(on_the_way.pop(0)[1], t))
@@ -114,6 +114,12 @@ def test_seven_of_fourteen_hands_over_after_seven_actions():
     assert np.abs(handed_over - 7 / 22).max() < 0.02
     starts = [indices(run, seq)[0] for seq in range(3, 40)]
     assert max(starts) <= 3, "of a chunk 60 to 125 ms old"
+
+
+def test_rare_slow_answers_do_not_make_it_ask_more_often():
+    run = timeline(0.06, seconds=40.0, slow={k: 0.15 for k in range(10, 200, 12)}, replan_after=7)
+    assert run.starved == 0 and set(run.rates) == {22.0}
+    assert np.median(np.diff(run.requests)) == pytest.approx(7 / 22, rel=0.03)
 
 
 def test_up_to_half_a_horizon_of_latency_22_hz_is_gap_free_and_above_it_is_not_claimed():

@@ -9,10 +9,10 @@ observation
     come, and its chunk runs R <= L after that: gap-free when L + R <= H / r, for certain when 2 L <= H / r.
     The highest gap-free rate is H / (2 L_p99), whatever `replan_after` is. It leaves no time to ask again for
     a chunk that is refused; once that has happened, the rate leaves it for the next WINDOW: H / (3 L_p99).
-    With n = `replan_after`, the next chunk is planned to take over n actions after this one did. That needs
-    L <= n / r (asked and answered within n actions) and L <= (H - n) / r (n are left when this one starts);
-    for n = 7 of 14 both say
-    L <= H / (2 r). Where they fail the next chunk takes over later, at the latest when this one ends.
+    With n = `replan_after`, the next chunk is planned to take over n actions after this one did (by the
+    median of R, and by its p99 before this one ends). That needs L <= n / r (asked and answered within n
+    actions) and L <= (H - n) / r (n are left when this one starts); for n = 7 of 14 both say L <= H / (2 r).
+    Where they fail the next chunk takes over later, at the latest when this one ends.
 append
     A chunk begins where the last one ends, n actions after that began, so only R counts: H / R_p99, and
     H / (2 R_p99) after a refusal.
@@ -180,8 +180,9 @@ class Planner:
             # A picture of resting arms is still true when its chunk comes: that one starts with its action 0.
             rested = self._current is None or self._ends(self._current) < t_obs
             timing = Timing(now + DELIVERY_S if rested else t_obs, rate, horizon)
-            latest = self._ends(timing) - self._asks_again * answer
-            self._next = min(now + DELIVERY_S + n * period, latest) - answer
+            # In the middle of a chunk a late answer starves nobody: ask for the usual one, not the slowest.
+            usual = now + DELIVERY_S + n * period - self._quantile(self._answer, 0.5)
+            self._next = min(usual, self._ends(timing) - (1 + self._asks_again) * answer)
         self._before, self._current = self._current, timing
         return timing
 
