@@ -90,6 +90,8 @@ def _check(configs: tuple[DatasetConfig, ...], arguments: argparse.Namespace) ->
 
 def _table(report: Report) -> Table:
     table = Table(title=report.path, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("episodes", f"{report.episodes} readable, {len(report.broken)} broken")
     if report.lengths:
         low, middle, high = report.lengths
