@@ -117,6 +117,15 @@ class LatentObjective(Strict):
     refresh_threshold: float = Field(0.015, ge=0, le=1, description="share of use below which a code is new")
     cross_weight: float = Field(0.0, ge=0, description="MVP-LAM: decode each view with the other's latents")
 
+    @model_validator(mode="after")
+    def _increasing(self):
+        until = [step for step, _ in self.refresh]
+        if until != sorted(set(until)) or any(every < 1 for _, every in self.refresh):
+            raise ValueError(
+                f"refresh {self.refresh} must be (until step, every), steps increasing, every >= 1"
+            )
+        return self
+
 
 class LatentWeights(Strict):
     """Pretrained networks on this machine; a term without its network is off, and the run says so."""
@@ -131,10 +140,20 @@ class LatentRecipe(Recipe):
 
     stage: Literal["latent"]
     clip_frames: int = Field(8, ge=2, le=32, description="frames of a clip, L + 1")
-    views: int = Field(1, ge=1, le=4, description="synchronised views of a clip; cross_weight needs 2")
+    views: Literal[1, 2] = Field(1, description="synchronised views of a clip; cross_weight needs 2")
     vit_lr_scale: float = Field(0.1, gt=0, le=1, description="of the image encoder's learning rate")
     objective: LatentObjective = LatentObjective()
     weights: LatentWeights = LatentWeights()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.objective.cross_weight > 0 and self.views < 2:
+            raise ValueError(
+                "objective.cross_weight above 0 decodes one view with another's latents: views: 2"
+            )
+        if self.model.startswith("mvp_lam") and self.weights.dino is None:
+            raise ValueError(f"{self.model} predicts DINOv2 features: give weights.dino")
+        return self
 
 
 class PretrainRecipe(Recipe):
@@ -148,6 +167,7 @@ class PretrainRecipe(Recipe):
         None, description="checkpoint folder that gives VQGAN and vocabulary; null: those of start"
     )
     labels: str | None = Field(None, description="folder written by `vipra label`")
+    validation_share: float = Field(0.05, ge=0, lt=1, description="of the labelled episodes, held out")
     variant: Literal["full", "ac", "sp2", "la"] = Field(
         "full", description="table 2: ac one-step latents, sp2 no future frame, la no latents"
     )

@@ -72,7 +72,7 @@ def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> Non
         if not estimate.show(module.plan(recipe), recipe, **planned):
             raise typer.Exit(1)
         return
-    if recipe.data is None:
+    if recipe.data is None and getattr(recipe, "labels", None) is None:
         raise TrainingError("no data: give --data FOLDER, or `data:` in the recipe")
     ranks = distributed.start(options["device"])
     run = None
@@ -89,6 +89,89 @@ def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> Non
         if run:
             run.close()
         distributed.stop()
+
+
+@app.command()
+def tokenizer(
+    recipe: RecipeName,
+    out: Out,
+    data: Data = None,
+    sets: Set = None,
+    run: RunFolder = None,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    gpu_memory: Memory = None,
+    gpu_tflops: Tflops = None,
+    gpus: Gpus = None,
+    wandb: Wandb = False,
+) -> None:
+    """Stage 0: frame tokenizer (VQGAN) and vocabulary of a model that is not 7B.
+
+    vipra train tokenizer tokenizer_tiny --data VIDEOS --out checkpoints/tokenizer
+
+    Any dataset with frames will do; its instructions teach the vocabulary. The 7B model brings its own.
+    """
+    from training import tokenizer as module
+
+    execute(resolve("tokenizer", recipe, sets, data), module, out, locals())
+
+
+@app.command()
+def latent(
+    recipe: RecipeName,
+    out: Out,
+    data: Data = None,
+    sets: Set = None,
+    run: RunFolder = None,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    gpu_memory: Memory = None,
+    gpu_tflops: Tflops = None,
+    gpus: Gpus = None,
+    wandb: Wandb = False,
+) -> None:
+    """Stage 1: latent actions from video alone.
+
+    vipra train latent latent_tiny --data VIDEOS --out checkpoints/latent
+
+    The result labels videos for pretraining: vipra label --help.
+    """
+    from training import latent_stage as module
+
+    execute(resolve("latent", recipe, sets, data), module, out, locals())
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    out: Out,
+    labels: Annotated[str | None, typer.Option(help="folder written by `vipra label`")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="checkpoint whose backbone continues, e.g. LWM converted; or random")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="checkpoint folder with the frame tokenizer, where --start is left out")
+    ] = None,
+    sets: Set = None,
+    run: RunFolder = None,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    gpu_memory: Memory = None,
+    gpu_tflops: Tflops = None,
+    gpus: Gpus = None,
+    wandb: Wandb = False,
+) -> None:
+    """Stage 2: future frame and latent actions, from labelled video.
+
+    vipra train pretrain pretrain_tiny --labels LABELS --tokenizer checkpoints/tokenizer --out
+    checkpoints/pretrained
+
+    The result cannot act yet (action heads: none): `vipra imagine` shows what it expects, finetune it next.
+    """
+    from training import pretrain as module
+
+    plan = resolve("pretrain", recipe, sets, None, labels=labels, start=start, tokenizer=tokenizer)
+    execute(plan, module, out, locals())
 
 
 @app.command()

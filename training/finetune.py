@@ -92,7 +92,8 @@ class Actor(nn.Module):
         if what == "sample":
             return {"actions": self.sample(texts, codes, bridge, batch["actions"])}
         if self.policy.config.action_heads == "ar":
-            return self.policy.ar_loss(texts, codes, batch["ids"], bridge, mask)
+            parts = self.policy.ar_loss(texts, codes, batch["ids"], bridge, mask)
+            return {name: value.clone() for name, value in parts.items()}  # FSDP2 wants no views
         loss = shared_prefix_loss(self.policy, texts, codes, batch["actions"], bridge, self.samples, mask)
         return {"loss": loss}
 

@@ -47,7 +47,7 @@ class Stage:
         """AdamW's parameter groups; `scale` multiplies the learning rate."""
         return [{"params": [p for p in self.module.parameters() if p.requires_grad], "scale": 1.0}]
 
-    def after_step(self, step: int) -> dict[str, float]:
+    def after_step(self, step: int, ranks: Ranks) -> dict[str, float]:
         """Hook after the optimiser step `step` (from 1), on every rank."""
         return {}
 
@@ -181,7 +181,7 @@ def train(
             batch = next(feed)
             meter.waited += time.perf_counter() - asked
             outputs, norm = optimise(stage, recipe, ranks, optimizer, batch, step)
-            extra = stage.after_step(step)
+            extra = stage.after_step(step, ranks)
             if average:
                 average.update(step)
             meter.add(outputs, norm)

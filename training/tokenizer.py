@@ -1,70 +1,197 @@
-"""Stage 0: a small VQGAN frame tokenizer, trained on the frames that the policy will see.
+"""Stage 0: the frame tokenizer (a small VQGAN) and the BPE vocabulary of every model that is not 7B.
 
-L1 reconstruction plus the quantisation losses, with unused codes restarted at seen latents. The L1 term
-weighs each pixel by how much it varies over the dataset: the arms are a small part of a picture that
-otherwise stands still. No perceptual term: it needs a pretrained network, and a random one would mean
-nothing.
+L1 reconstruction plus the quantisation losses, with unused codes restarted at seen latents. The L1
+term weighs each pixel by how much it varies over the dataset: the arms are a small part of a picture
+that otherwise stands still. LPIPS only with real VGG weights: a random network would mean nothing.
 """
+
+import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
+from torch import Tensor, nn
 
-from models.config import VQGANConfig
+from config.training import TokenizerRecipe
+from models import checkpoint, sequence
+from models.latent_action.losses import load_lpips, perceptual_loss
+from models.policy import Policy
+from models.tokenizer import Tokenizer
 from models.vqgan import VQGAN
+from training import plots
+from training.data.episode import DataError
+from training.data.sampling import Samples
+from training.data.windows import Clips
+from training.distributed import Ranks
+from training.loop import Batch, Stage, evaluate
+from training.run import Run
+from training.start import size
+
+SPREAD_SAMPLES = 256  # frames that say how much each pixel varies
+TEXT_EPISODES = 20_000  # whose instructions teach the vocabulary
 
 
-def train(
-    frames: np.ndarray,
-    config: VQGANConfig,
-    steps: int,
-    batch: int = 16,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
-) -> tuple[VQGAN, dict]:
-    """Fit a VQGAN to uint8 RGB `frames` [N, h, w, 3]. Returns it and {l1, codes_used}, measured on 512
-    frames.
+class Reconstructor(nn.Module):
+    """VQGAN and its loss; keeps the last latents and codes for the restarts."""
 
-    L1 is in units of the 0..255 picture.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = VQGAN(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05
-    )
-    spread = torch.from_numpy(frames[rng.integers(len(frames), size=512)].std(0).mean(-1))  # [h, w]
-    weight = (spread / spread.mean()).clamp(0.3, 5.0)
-    for step in track(range(steps), "tokenizer"):
-        x = model.to_input(torch.from_numpy(frames[rng.integers(len(frames), size=batch)]))
-        out = model(x)
-        loss = ((out.reconstruction - x).abs() * weight).mean() + out.loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 and step < 0.8 * steps:
-            restarted = model.restart_codes(out.latents, out.codes)
-            print(f"step {step}: weighted L1 {loss.item():.4f}, {restarted} codes restarted", flush=True)
-    with torch.no_grad():  # so that the checkpoint holds it in half the bytes, exactly
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    return model.eval(), evaluate(model, frames[rng.integers(len(frames), size=512)])
+    def __init__(self, vqgan: VQGAN, weight: Tensor, lpips: nn.Module | None, lpips_weight: float):
+        super().__init__()
+        self.vqgan, self.lpips_weight = vqgan, lpips_weight
+        self.register_buffer("weight", weight, persistent=False)  # [h, w], mean 1
+        self.lpips = [lpips] if lpips else []  # a list hides it from the parameters
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        x = self.vqgan.to_input(batch["frames"][:, 0])
+        out = self.vqgan(x)
+        self.latents, self.codes = out.latents.detach(), out.codes
+        losses = {"l1": ((out.reconstruction - x).abs() * self.weight).mean(), "quantisation": out.loss}
+        losses["loss"] = losses["l1"] + out.loss
+        for network in self.lpips:
+            pair = (t[:, None] / 2 + 0.5 for t in (out.reconstruction, x))
+            losses["lpips"] = perceptual_loss(network.to(x.device), *pair, None)
+            losses["loss"] = losses["loss"] + self.lpips_weight * losses["lpips"]
+        return losses
+
+
+class TokenizerStage(Stage):
+    sharded = False
+
+    def __init__(self, recipe: TokenizerRecipe, vqgan: VQGAN, weight: Tensor, lpips: nn.Module | None = None):
+        self.recipe, self.vqgan = recipe, vqgan
+        self.module = Reconstructor(vqgan, weight, lpips, recipe.lpips)
+
+    def samples(self) -> Samples:
+        return self.training
+
+    def groups(self, recipe: TokenizerRecipe) -> list[dict]:
+        return [{"params": list(self.vqgan.parameters()), "scale": 1.0}]
+
+    def example(self, count: int) -> Batch:
+        side = self.vqgan.config.image_size
+        return {"frames": torch.zeros(count, 1, side, side, 3, dtype=torch.uint8, device="meta")}
+
+    def after_step(self, step: int, ranks: Ranks) -> dict[str, float]:
+        recipe = self.recipe
+        if step % recipe.restart_every or step > recipe.restart_until * recipe.steps:
+            return {}
+        latents, codes = (
+            torch.cat(ranks.gather(t.float().cpu() if t.is_floating_point() else t.cpu()))
+            for t in (self.module.latents, self.module.codes)
+        )
+        generator = torch.Generator().manual_seed(step)
+        moved = self.vqgan.restart_codes(latents.to(ranks.device), codes.to(ranks.device), generator)
+        return {"codes_restarted": float(moved)}
+
+    def validate(self, step: int, run: Run, ranks: Ranks, recipe: TokenizerRecipe) -> dict[str, float]:
+        """Of held-out frames: l1, mean absolute error of 255, and the distinct codes used; and pictures."""
+        picked = [self.held.sample(n) for n in range(recipe.validation.samples)]
+        used = torch.zeros(self.vqgan.config.codebook_size)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            frames = batch["frames"][:, 0]
+            codes = self.vqgan.encode(self.vqgan.to_input(frames))
+            used.index_fill_(0, codes.flatten().cpu(), 1.0)
+            drawn = self.vqgan.decode(codes).permute(0, 2, 3, 1)
+            return {"l1": ((drawn + 1) * 127.5 - frames).abs().mean((1, 2, 3))}
+
+        l1 = float(evaluate(self, picked, ranks, recipe, measure)["l1"])
+        counts = ranks.sum(used.tolist())
+        if run.rank == 0:
+            frames = np.stack([sample["frames"][0] for sample in picked[:8]])
+            drawn = reconstruct(self.vqgan, frames)
+            run.picture(step, "reconstruction", plots.tiles([list(frames), list(drawn)]))
+        return {"l1": l1, "codes_used": float(np.count_nonzero(counts))}
+
+    def export(self, folder: Path, run: Run, ranks: Ranks) -> str | None:
+        """A checkpoint that gives its VQGAN and vocabulary; its backbone is random."""
+        if not ranks.first:
+            return None
+        # in half the bytes, exactly: rounding later would flip codes
+        weights = {name: p.detach().bfloat16().float() for name, p in self.vqgan.named_parameters()}
+        config = dataclasses.replace(size(self.recipe.model), action_heads="none", action_vocab=0)
+        shapes = checkpoint.parameter_shapes(Policy, config)
+        random = checkpoint.Weights(
+            shapes,
+            lambda name: checkpoint.random_tensor(name, shapes[name], self.recipe.seed),
+            torch.bfloat16,
+        )
+        texts = checkpoint.texts(self.words, None, None)
+        digest = checkpoint.write(folder, config, random, checkpoint.compact(weights), texts)
+        measured = json.dumps(run.last(), indent=1)
+        (folder / "README.md").write_text(CARD.format(name=folder.name, model=config.name, measured=measured))
+        return digest
+
+
+CARD = """# {name}
+
+Frame tokenizer and vocabulary for {model} (`vipra train tokenizer`). **Its backbone is random**: give this
+folder as `--tokenizer` to `vipra train pretrain` or `finetune`. Last measured:
+
+```json
+{measured}
+```
+"""
 
 
 @torch.no_grad()
-def evaluate(model: VQGAN, frames: np.ndarray) -> dict:
-    """{l1: mean absolute error in 0..255, codes_used: distinct codes} over `frames`."""
-    codes = encode(model, frames)
-    pictures = np.concatenate([model.decode(codes[i : i + 64]).numpy() for i in range(0, len(codes), 64)])
-    decoded = np.clip((pictures.transpose(0, 2, 3, 1) + 1) * 127.5, 0, 255)
-    return {"l1": float(np.abs(decoded - frames).mean()), "codes_used": int(codes.unique().numel())}
+def reconstruct(model: VQGAN, frames: np.ndarray) -> np.ndarray:
+    """uint8 RGB [n, s, s, 3] through the tokens and back."""
+    device = next(model.parameters()).device
+    drawn = model.decode(model.encode(model.to_input(torch.from_numpy(frames).to(device))))
+    return pictures(drawn)
 
 
-@torch.no_grad()
-def encode(model: VQGAN, frames: np.ndarray, batch: int = 128) -> torch.Tensor:
-    """Codes int64 [N, tokens a frame] of uint8 RGB `frames`."""
-    parts = (torch.from_numpy(frames[i : i + batch]) for i in range(0, len(frames), batch))
-    return torch.cat([model.encode(model.to_input(part)) for part in parts])
+def pictures(decoded: Tensor) -> np.ndarray:
+    """Decoder output [n, 3, s, s] -> uint8 RGB [n, s, s, 3]."""
+    return ((decoded.float().permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).round().byte().cpu().numpy()
+
+
+def spread(samples: Samples) -> Tensor:
+    """How much each pixel varies, [h, w] with mean 1, within .3 and 5."""
+    frames = np.stack([samples.sample(n)["frames"][0] for n in range(SPREAD_SAMPLES)])
+    varies = torch.from_numpy(frames.std(0).mean(-1)).float()
+    return (varies / varies.mean().clamp(min=1e-6)).clamp(0.3, 5.0)
+
+
+def instructions(samples: Samples) -> list[str]:
+    """Distinct instructions of the first episodes, sorted."""
+    found = set()
+    for reader in samples.readers:
+        for index in range(min(len(reader), TEXT_EPISODES)):
+            try:
+                found.add(reader.episode(index).instruction)
+            except DataError:
+                continue
+    return sorted(found)
+
+
+def vocabulary(tasks: list[str], count: int) -> Tokenizer:
+    """BPE trained on the prompts themselves: they become a few tokens, any other text still encodes."""
+    prompts = [sequence.PROMPT.format(task=task) for task in tasks]
+    tags = ["<vision>", "</vision> <action>", "</vision> <dynamics>", "</dynamics>", "</action>"]
+    return Tokenizer.train([*prompts, *tags], count)
+
+
+def plan(recipe: TokenizerRecipe) -> TokenizerStage:
+    config = size(recipe.model).vqgan
+    return TokenizerStage(recipe, VQGAN(config), torch.ones(config.image_size, config.image_size))
+
+
+def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:
+    config = size(recipe.model)
+    window = Clips(frames=1, size=config.vqgan.image_size)
+    training = Samples(recipe.data, window, recipe.seed, recipe.augmentation)
+    side = config.vqgan.image_size
+    weight = spread(training) if recipe.motion_weight else torch.ones(side, side)
+    lpips = load_lpips(recipe.lpips_weights) if recipe.lpips and recipe.lpips_weights else None
+    if recipe.lpips and lpips is None:
+        run.say("LPIPS term is off: no lpips_weights given")
+    torch.manual_seed(recipe.seed)
+    vqgan = VQGAN(config.vqgan)
+    stage = TokenizerStage(recipe, vqgan, weight, lpips)
+    stage.training = training
+    held = recipe.data.validation_share > 0
+    stage.held = Samples(recipe.data, window, recipe.seed, subset="validation") if held else training
+    stage.words = vocabulary(instructions(training), config.text_vocab)
+    return stage

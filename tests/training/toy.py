@@ -45,7 +45,7 @@ class Toy(Stage):
         self.layers = [self.module.first]
         self.kill_at, self.stop_at = kill_at, stop_at
 
-    def after_step(self, step):
+    def after_step(self, step, ranks):
         if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == self.stop_at:
