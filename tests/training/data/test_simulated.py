@@ -21,7 +21,7 @@ RATE = 15
 
 def generate(out: Path, episodes: int) -> None:
     command = [sys.executable, "-m", "training.simulated", "--format", "lerobot", "--robot", "sim_single"]
-    command += ["--image-size", "48", "--steps", "45", "--kinds", "pick", "push", "circles", "--workers", "1"]
+    command += ["--image-size", "96", "--steps", "45", "--kinds", "pick", "push", "circles", "--workers", "1"]
     command += ["--episodes", str(episodes), "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
@@ -69,5 +69,5 @@ def test_the_hand_moves_the_thing_it_is_told_to(dataset):
 def _centre(rgb: np.ndarray, channel: int) -> np.ndarray:
     """(row, column) of what is mostly of one colour."""
     values = rgb.astype(int)
-    others = values[..., [c for c in range(3) if c != channel]].max(-1)
-    return np.argwhere(values[..., channel] - others > 35).mean(0)
+    excess = values[..., channel] - values[..., [c for c in range(3) if c != channel]].max(-1)
+    return np.argwhere(excess > max(excess.max() / 2, 12)).mean(0)
