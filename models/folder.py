@@ -62,6 +62,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_replaceable(folder: Path) -> None:
+    """Raises CheckpointError where something lies that is not a checkpoint."""
+    known = any((folder / name).exists() for name in ("config.json", MANIFEST))
+    if folder.exists() and not known and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} holds something that is not a checkpoint: choose another folder")
+
+
 def write(
     folder: Path | str,
     weights: dict[str, Weights],
@@ -77,9 +84,7 @@ def write(
     None: always from the start.
     """
     folder = Path(folder)
-    known = any((folder / name).exists() for name in ("config.json", MANIFEST))
-    if folder.exists() and not known and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} holds something that is not a checkpoint: choose another folder")
+    require_replaceable(folder)
     partial = folder.with_name(folder.name + ".partial")
     plan = {}  # file name -> (weights, tensor names)
     for key, part in weights.items():

@@ -95,6 +95,7 @@ def convert(
     gripper: str = "opening",
     heads: int | None = None,
     image_size: int = 256,
+    rope: str | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     shard_bytes: int = folders.SHARD_BYTES,
@@ -103,6 +104,7 @@ def convert(
     """verb lwm or vipra: write the checkpoint `out`, return its hash and what was done. Raises ConvertError,
     CheckpointError, ModelConfigError, ConfigError.
     """
+    folders.require_replaceable(out)
     params = find_file(source, source, SOURCES[verb], "itself")
     vqgan_file = find_file(vqgan_file, source, ("vqgan",), "with --vqgan")
     tokenizer_file = find_file(
@@ -116,6 +118,8 @@ def convert(
             plan = lwm.plan(stream, frames, heads)
         else:
             plan = vipra.plan(stream, frames, heads, robot and robot.horizon)
+        if rope:
+            plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, rope_precision=rope))
         normalizer, text = _robot_parts(plan, robot, embodiment, statistics_file, gripper)
         check_parts(plan.config, words, normalizer, text, None)
         files = {path.name: describe(path, progress) for path in (params, vqgan_file, tokenizer_file)}
@@ -221,6 +225,11 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--vqgan", type=Path, metavar="FILE", help="where it is not beside the source")
         sub.add_argument("--heads", type=int, help="attention heads (default: hidden size / 128)")
         sub.add_argument(
+            "--rope",
+            choices=("fp32", "bf16"),
+            help="precision of rotary angles; default as trained: LWM fp32, ViPRA bf16",
+        )
+        sub.add_argument(
             "--dtype", choices=("bfloat16", "float32"), help="of the weights written (default: the file's)"
         )
         sub.add_argument(
@@ -278,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
             getattr(options, "gripper", "opening"),
             options.heads,
             options.image_size,
+            options.rope,
             options.dtype and getattr(torch, options.dtype),
             options.seed,
             options.shard_mb << 20,
