@@ -43,24 +43,26 @@ class KVCache:
     """Keys and values of every layer in `slots` fixed places: two buffers [layers, batch, heads, slots,
     head_dim].
 
-    Zero-filled, so that masked slots are finite from the start.
+    Zero-filled, so that masked slots are finite from the start. Slots before `first` are not looked at: who
+    knows that every row masks them may say so, to save time.
     """
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, device="cpu", dtype=torch.float32):
         shape = (config.layers, batch, config.heads, slots, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.first = 0
 
     @property
     def slots(self) -> int:
         return self.k.shape[3]
 
     def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, heads, T, head_dim] at slots start.., return all slots of these B rows."""
+        """Write k, v [B, heads, T, head_dim] at slots start.., return slots first.. of these B rows."""
         batch, end = k.shape[0], start + k.shape[2]
         self.k[layer, :batch, :, start:end] = k
         self.v[layer, :batch, :, start:end] = v
-        return self.k[layer, :batch], self.v[layer, :batch]
+        return self.k[layer, :batch, :, self.first :], self.v[layer, :batch, :, self.first :]
 
     def place(self, row: int, end: int, k: Tensor, v: Tensor) -> None:
         """Copy keys and values [layers, heads, T, head_dim] into the row's slots before `end`."""
@@ -113,6 +115,7 @@ class Layer(nn.Module):
             k = rotate(k, own, partner)
         if cache is not None:
             k, v = cache.update(index, start, k, v)
+            mask = mask[..., -k.shape[2] :]
         if tail == 0:
             return x[:, :0]
         if tail is not None:

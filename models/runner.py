@@ -91,6 +91,7 @@ class Runner:
         n, done = len(texts), int(frames is not None)
         rows = next(size for size in self.batches if size >= n)
         self._poison()
+        self._skip_empty_slots(texts)
         mark()
         for row, text in enumerate(texts):
             self._place_text(row, text)
@@ -114,6 +115,7 @@ class Runner:
 
     def prefill_frame(self, text: TextPrefix, image: np.ndarray) -> TextPrefix:
         """Keys and values of `image`, uint8 [h, w, 3], as o_{t-1} after a prompt; waits for the device."""
+        self._skip_empty_slots([text])
         self.images.host[0, 0].numpy()[...] = image
         self._place_text(0, text)
         for mirror in (self.images, self.lengths):
@@ -136,6 +138,11 @@ class Runner:
         if self.flow and self._in_row[row] is not text:
             self.cache.place(row, self.frame_slots.start, text.k, text.v)
             self._in_row[row] = text
+
+    def _skip_empty_slots(self, texts: list[TextPrefix]) -> None:
+        """On the CPU: attention over what is there. On a GPU sizes are fixed, recorded or not."""
+        if self.flow and self.device.type == "cpu":
+            self.cache.first = self.frame_slots.start - max(text.length for text in texts)
 
     def _poison(self) -> None:
         """Make what an earlier chunk left unusable: a step that did not run can only lead to an error."""

@@ -106,6 +106,15 @@ def test_a_padded_batch_gives_the_same_chunks():
     torch.testing.assert_close(chunk(runner, [2, 0, 1], True), plain(runner, [2, 0, 1]), atol=1e-5, rtol=1e-5)
 
 
+def test_slots_that_are_skipped_on_the_cpu_change_nothing(monkeypatch):
+    wanted = chunk(make(), [1]), chunk(make(), [1], True)
+    monkeypatch.setattr(Runner, "_skip_empty_slots", lambda *_: None)
+    runner = make()
+    torch.testing.assert_close(chunk(runner, [1]), wanted[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(chunk(runner, [1], True), wanted[1], atol=1e-5, rtol=1e-5)
+    assert runner.cache.first == 0
+
+
 def test_recorded_functions_may_run_again_without_changing_the_result():
     """Recording warms up by running them; a replay must not add to what that left."""
     runner = make()
