@@ -151,8 +151,6 @@ class LatentRecipe(Recipe):
             raise ValueError(
                 "objective.cross_weight above 0 decodes one view with another's latents: views: 2"
             )
-        if self.model.startswith("mvp_lam") and self.weights.dino is None:
-            raise ValueError(f"{self.model} predicts DINOv2 features: give weights.dino")
         return self
 
 

@@ -130,6 +130,8 @@ def plan(recipe: LatentRecipe) -> LatentStage:
 
 def build(recipe: LatentRecipe, ranks: Ranks, run: Run) -> LatentStage:
     model = model_for(recipe)
+    if model.config.target == "features" and recipe.weights.dino is None:
+        raise TrainingError(f"{recipe.model} predicts DINOv2 features: give --set weights.dino=PATH")
     if recipe.weights.dino:
         load_vit(model.encoder.vit, recipe.weights.dino)
     else:
