@@ -89,19 +89,22 @@ class LatentActionConfig:
         return _from_dict(cls, data, "latent action model")
 
 
+# Changes in, changes out: after a hundred steps the decoder reads the latents; without either it still copies
+# the last frame.
 _TINY = LatentActionConfig(
     name="laq_tiny",
     image_size=64,
     patch=8,
-    width=128,
-    vit_layers=2,
-    vit_heads=4,
+    width=64,
+    vit_layers=1,
+    vit_heads=2,
     registers=0,
-    heads=4,
+    heads=2,
     head_dim=32,
     encoder_layers=2,
     decoder_layers=2,
     dropout=0.0,
+    deltas=True,
     residual=True,
 )
 _LAPA = {"code_grid": 2, "deltas": True, "decoder": "cross"}

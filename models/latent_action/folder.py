@@ -66,6 +66,6 @@ def load(folder: Path | str, device="cpu", verify: bool = True) -> tuple[LatentA
     with torch.device("meta"):
         model = LatentActionModel(config)
     model = model.to_empty(device=device)
-    model.quantizer.reset()
+    model.quantizer.moments.zero_()
     folders.fill(model, [folder / name for name in sorted(files) if name.endswith(".safetensors")])
     return model.eval(), folders.read_hash(folder)

@@ -137,3 +137,10 @@ def test_code_in_a_file_is_refused_and_garbage_is_an_error(tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="not a readable PyTorch file"):
         laq.read(tmp_path / "cut.pt")
+
+
+def test_the_command_says_what_it_ignored(tmp_path, capsys):
+    assert laq.main([str(released(tmp_path / "laq.pt")), str(tmp_path / "out"), "--image-size", "32"]) == 0
+    text = capsys.readouterr().out
+    assert "ignored, never used by the released model: 4 (fusion_layer.0.weight" in text
+    assert folder.load(tmp_path / "out")[1] in text

@@ -53,7 +53,7 @@ def test_refresh_moves_rare_codes_into_cells_of_used_ones_and_keeps_those():
     cells = torch.cdist(after[2:], before[:2]).argmin(1)
     assert torch.bincount(cells).tolist() == [3, 3]  # the used codes take turns
     assert len(torch.unique(after, dim=0)) == 8
-    assert model.usage.sum() == 0 and model.sums.abs().sum() == 0
+    assert model.moments.abs().sum() == 0
 
 
 def test_refresh_without_a_rare_code_changes_nothing():
