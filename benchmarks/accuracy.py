@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy --model tiny|100m|7b [--json FILE]
 
 Random weights of the chosen size, and the trained small policies that ship in `checkpoints/`. For those the
-error is also in rad: it means something beside the joint encoders' noise, about 1e-4 rad, and the tracking
-error of the arms, a few 1e-3 rad (docs/benchmarks.md). Frames are smoothed noise. A CPU emulates fp8.
+error is also in rad, to be held against the arms' own tracking error, a few 1e-3 rad (docs/benchmarks.md).
+Frames are smoothed noise. A CPU emulates fp8.
 """
 
 import dataclasses
