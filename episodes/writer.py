@@ -76,7 +76,7 @@ class Writer:
     @property
     def episodes(self) -> int:
         """Episodes saved."""
-        return self._table.num_rows
+        return self._last["episode_index"] + 1 if self._last else 0
 
     @property
     def frames(self) -> int:
@@ -117,14 +117,15 @@ class Writer:
         staged = self.root / _SAVING
         shutil.rmtree(staged, ignore_errors=True)
         try:
-            info, tasks, episodes = self._stage(staged)
+            info, tasks, lines = self._stage(staged)
             _sync(staged)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
         os.replace(staged, self.root / _SAVED)
         recover(self.root)
-        self.info, self._tasks, self._table = info, tasks, episodes
+        self.info, self._tasks, self._lines = info, tasks, lines
+        self._last = _last_row(lines)
         self._stats = layout.stats_from_json(layout.read_json(self.root / layout.STATS))
         self._forget()
         return self.episodes - 1
@@ -183,8 +184,14 @@ class Writer:
     def _read_tables(self) -> None:
         files = sorted(self.root.glob("meta/episodes/*/*.parquet"))
         schema = layout.episode_schema(self.info)
-        tables = [pq.read_table(path) for path in files]
-        self._table = pa.concat_tables(tables) if tables else schema.empty_table()
+        self._lines = pq.read_table(files[-1]) if files else schema.empty_table()
+        if set(self._lines.column_names) != set(schema.names):
+            others = sorted(set(self._lines.column_names) ^ set(schema.names))
+            raise EpisodesError(
+                f"{self.root}: its episode table differs in {others[:4]}: record to a new folder"
+            )
+        self._lines = self._lines.select(schema.names).cast(schema)
+        self._last = _last_row(self._lines)
         tasks = self.root / layout.TASKS
         self._tasks = list(pd.read_parquet(tasks).sort_values("task_index").index) if tasks.is_file() else []
         stats = self.root / layout.STATS
@@ -194,7 +201,7 @@ class Writer:
         """Write the next version of every changed file under `staged`."""
         info = json.loads(json.dumps(self.info))
         count, fps, number = self.frames, info["fps"], self.episodes
-        last = self._table.slice(number - 1).to_pylist()[0] if number else None
+        last = self._last
         first = last["dataset_to_index"] if last else 0
         tasks = [*self._tasks, *dict.fromkeys(t for t in self._rows["task"] if t not in self._tasks)]
 
@@ -225,13 +232,13 @@ class Writer:
             row |= {f"stats/{key}/{name}": value for name, value in values.items()}
         merged = layout.merge_stats([self._stats, stats]) if self._stats else stats
 
-        table = self._stage_episode(staged, info, row, last)
+        lines = self._stage_episode(staged, info, row, last)
         info["total_episodes"], info["total_frames"] = number + 1, first + count
         info["total_tasks"], info["splits"] = len(tasks), {"train": f"0:{number + 1}"}
         pd.DataFrame({"task_index": range(len(tasks))}, index=tasks).to_parquet(_made(staged / layout.TASKS))
         _write_json(staged / layout.STATS, layout.stats_to_json(merged))
         _write_json(staged / layout.INFO, info)
-        return info, tasks, table
+        return info, tasks, lines
 
     def _stage_data(self, staged: Path, info: dict, columns: dict, last: dict | None) -> dict[str, int]:
         schema = layout.data_schema(info)
@@ -245,11 +252,17 @@ class Writer:
             if old.stat().st_size / 2**20 * growth >= info["data_files_size_in_mb"]:
                 place = layout.after(place, info["chunks_size"])
             else:
-                groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
+                pictures = layout.keys(info, "image")  # a group an episode, so that one can be read alone
+                groups = (
+                    [file.read_row_group(i) for i in range(file.num_row_groups)]
+                    if pictures
+                    else [file.read()]
+                )
         target = _made(staged / info["data_path"].format(chunk_index=place[0], file_index=place[1]))
         with pq.ParquetWriter(target, schema, compression="snappy", use_dictionary=True) as out:
-            for group in [*groups, episode]:
-                out.write_table(group.cast(schema))
+            tables = [group.cast(schema) for group in [*groups, episode]]
+            for table in tables if layout.keys(info, "image") else [pa.concat_tables(tables)]:
+                out.write_table(table)
         return {"data/chunk_index": place[0], "data/file_index": place[1]}
 
     def _stage_video(
@@ -281,22 +294,15 @@ class Writer:
 
     def _stage_episode(self, staged: Path, info: dict, row: dict, last: dict | None) -> pa.Table:
         place = (last["meta/episodes/chunk_index"], last["meta/episodes/file_index"]) if last else (0, 0)
+        old = self._lines
         if last and self.episodes % _EPISODES_A_FILE == 0:
-            place = layout.after(place, info["chunks_size"])
+            place, old = layout.after(place, info["chunks_size"]), old.slice(0, 0)
         row = {**row, "meta/episodes/chunk_index": place[0], "meta/episodes/file_index": place[1]}
         new = pa.Table.from_pylist([row], schema=layout.episode_schema(info))
-        table = pa.concat_tables([self._table.cast(new.schema), new])
-        here = [
-            (c, f) == place
-            for c, f in zip(
-                table["meta/episodes/chunk_index"].to_pylist(),
-                table["meta/episodes/file_index"].to_pylist(),
-                strict=True,
-            )
-        ]
+        lines = pa.concat_tables([old, new]).combine_chunks()
         target = _made(staged / layout.EPISODES.format(chunk_index=place[0], file_index=place[1]))
-        pq.write_table(table.filter(pa.array(here)), target, compression="snappy")
-        return table
+        pq.write_table(lines, target, compression="snappy")
+        return lines
 
 
 def recover(root: Path) -> None:
@@ -311,6 +317,12 @@ def recover(root: Path) -> None:
         shutil.rmtree(saved)
     for folder in (_SAVING, _RECORDING):
         shutil.rmtree(root / folder, ignore_errors=True)
+
+
+def _last_row(lines: pa.Table) -> dict[str, Any] | None:
+    """Where the last episode lies, without its statistics."""
+    places = lines.select([n for n in lines.column_names if not n.startswith("stats/")])
+    return places.slice(places.num_rows - 1).to_pylist()[0] if places.num_rows else None
 
 
 def _lock(root: Path) -> int:

@@ -220,7 +220,9 @@ def write(
             writer.close()
             raise layout.EpisodesError(f"{out} holds other recordings: choose another folder")
     else:
-        writer = Writer.create(out, round(embodiment.rate_hz), features, embodiment.name, crf=_CRF)
+        writer = Writer.create(
+            out, round(embodiment.rate_hz), features, embodiment.name, video_file_mb=4, crf=_CRF
+        )
     render.live_meshes(cache)  # made once, before the workers look for them
     make = functools.partial(_make, kinds, steps, seed)
     numbers = range(writer.episodes, episodes)
