@@ -203,8 +203,8 @@ def main(argv: list[str]) -> int:
     """`vipra convert laq`."""
     parser = argparse.ArgumentParser(
         prog="vipra convert laq",
-        description="Convert the released latent action model to a folder that `vipra label`, `vipra train "
-        "latent --init` and `vipra analyze` load.",
+        description="Convert the released latent action model to a folder that `vipra label` and `vipra "
+        "analyze` load.",
         epilog="The file is a PyTorch checkpoint of the Hugging Face repository vipra-project/vipra-laq. It "
         "is read with weights_only: nothing in it is executed. Run the same command again to continue an "
         "interrupted conversion.",
