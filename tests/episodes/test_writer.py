@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,3 +204,25 @@ def test_refusals(tmp_path):
     odd = {CAMERA: {"dtype": "video", "shape": [47, 64, 3], "names": None}}
     with Writer.create(tmp_path / "odd", 10, odd) as writer, pytest.raises(VideoError, match="64x47"):
         writer.add({CAMERA: np.zeros((47, 64, 3), np.uint8)}, "task")
+
+
+@pytest.mark.parametrize("kind", ["video", "images"])
+def test_a_dataset_that_lerobot_wrote_is_continued(tmp_path, kind):
+    shutil.copytree(samples.reference(kind), tmp_path / "d", copy_function=shutil.copyfile)
+    for path in [tmp_path / "d", *(tmp_path / "d").rglob("*")]:
+        path.chmod(0o755)
+    rgb = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    with Writer(tmp_path / "d") as writer:
+        assert writer.episodes == 3
+        for k in range(5):
+            values = {"observation.state": np.full(16, k), "action": np.full(16, k)}
+            writer.add({CAMERA: rgb, **values}, "clear the table")
+        assert writer.save() == 3
+    data = Dataset(tmp_path / "d")
+    assert [row.length for row in data.rows] == [100, 100, 100, 5]
+    np.testing.assert_array_equal(data.values(3, "index"), np.arange(300, 305))
+    assert set(data.tasks(3)) == {"clear the table"}
+    assert set(data.tasks(0)) == {"stack the cups"}
+    assert np.abs(data.frames(3, CAMERA, [4])[0].astype(int) - rgb).mean() < 20
+    original = Dataset(samples.reference(kind))
+    np.testing.assert_array_equal(data.frames(2, CAMERA, [99]), original.frames(2, CAMERA, [99]))
