@@ -1,0 +1,134 @@
+"""Labels survive a kill byte for byte, and pretraining reads them, learns from them, and hands on."""
+
+import dataclasses
+import hashlib
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from config.dataset import DatasetConfig, Mixture
+from config.training import PretrainRecipe, TokenizerRecipe
+from models import checkpoint
+from models.config import SIZES, VQGANConfig
+from models.latent_action import config as latent_config
+from models.latent_action import folder as latent_folder
+from models.latent_action.model import LatentActionModel
+from models.vqgan import VQGAN
+from training import distributed, label, loop, pretrain, start
+from training.run import Run, TrainingError
+from training.tokenizer import TokenizerStage, vocabulary
+
+VQ = VQGANConfig(16, (8, 8, 16), 1, 8, 64, norm_groups=4)  # 16 tokens a frame
+SMALL = dataclasses.replace(
+    SIZES["vipra_tiny"], name="small", hidden=32, mlp_hidden=64, layers=1, heads=2, vision_vocab=66, vqgan=VQ,
+    horizon=3,
+)  # fmt: skip
+COMMON = {
+    "model": "small",
+    "steps": 12,
+    "global_batch": 8,
+    "micro_batch": 8,
+    "optimizer": {"learning_rate": 1e-2},
+    "validation": {"every": 1000, "samples": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(SIZES, "small", SMALL)
+    monkeypatch.setattr(start, "SIZES", SIZES)
+
+
+@pytest.fixture
+def ranks():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+@pytest.fixture
+def made(tmp_path) -> SimpleNamespace:
+    """Three short videos, a latent action model and a frame tokenizer, both random."""
+    rng = np.random.default_rng(0)
+    for e in range(3):
+        (tmp_path / "data" / f"episode_{e}").mkdir(parents=True)
+        for t in range(4 + e):
+            picture = rng.integers(256, size=(16, 16, 3)).astype(np.uint8)
+            cv2.imwrite(str(tmp_path / "data" / f"episode_{e}" / f"{t:04d}.png"), picture)
+    torch.manual_seed(0)
+    latent_folder.save(tmp_path / "latent", LatentActionModel(latent_config.SIZES["laq_tiny"]))
+    stage = TokenizerStage(TokenizerRecipe(stage="tokenizer", **COMMON), VQGAN(VQ), torch.ones(16, 16))
+    stage.words = vocabulary(["move"], SMALL.text_vocab)
+    stage.export(tmp_path / "tokenizer", SimpleNamespace(last=dict), SimpleNamespace(first=True))
+    data = Mixture(datasets=(DatasetConfig(path=str(tmp_path / "data"), rate_hz=5),))
+    return SimpleNamespace(data=data, latent=tmp_path / "latent", tokenizer=tmp_path / "tokenizer")
+
+
+def write(made, out, ranks) -> dict[str, str]:
+    """Label with one episode a shard; SHA-256 by file name."""
+    label.label(made.data, made.latent, made.tokenizer, out, 3, 1, 4, ranks, lambda _: None)
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
+
+
+def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, ranks, tmp_path, monkeypatch):
+    whole = write(made, tmp_path / "whole", ranks)
+    assert len([name for name in whole if name.endswith(".parquet")]) == 3
+
+    write_shard = label.write_shard
+
+    def killed(path, rows, about):
+        if "000001" in path.name:
+            path.with_suffix(".partial").write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        write_shard(path, rows, about)
+
+    monkeypatch.setattr(label, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(made, tmp_path / "again", ranks)
+    assert not (tmp_path / "again" / "manifest.json").exists()
+    first = (tmp_path / "again" / "shard-00-000000.parquet").stat().st_mtime_ns
+    monkeypatch.setattr(label, "write_shard", write_shard)
+    assert write(made, tmp_path / "again", ranks) == whole
+    assert (tmp_path / "again" / "shard-00-000000.parquet").stat().st_mtime_ns == first
+
+    with pytest.raises(TrainingError, match="begun with another horizon"):
+        label.label(made.data, made.latent, made.tokenizer, tmp_path / "again", 5, 1, 4, ranks, print)
+
+
+def test_windows_end_with_their_clip():
+    index, valid = label.windows(4, 1, 3)
+    assert index[0].tolist() == [0, 0, 1, 2, 3] and index[3].tolist() == [2, 3, 3, 3, 3]
+    assert valid.tolist() == [[True] * 3, [True, True, False], [True, False, False], [False] * 3]
+
+
+@pytest.mark.parametrize("variant", ["full", "la", "sp2"])
+def test_pretraining_learns_its_labels_and_hands_on_a_checkpoint(variant, made, ranks, tmp_path):
+    write(made, tmp_path / "labels", ranks)
+    plan = PretrainRecipe(
+        stage="pretrain", labels=str(tmp_path / "labels"), tokenizer=str(made.tokenizer), variant=variant,
+        validation_share=0.3, log_every=1, **COMMON,
+    )  # fmt: skip
+    run = Run(tmp_path / "run", plan)
+    stage = pretrain.build(plan, ranks, run)
+    row = stage.labels.row(4)  # the second episode's first frame
+    assert (row["frames"][0] == row["frames"][1]).all() and row["valid"].tolist() == [True] * 3
+    assert (row["frames"][2] == stage.labels.codes[7]).all()
+    assert loop.train(stage, plan, run, ranks, stage.samples())
+    curve = [
+        line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
+    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in curve]
+    assert losses[-1] < 0.8 * losses[0]
+    assert bool(list((tmp_path / "run" / "images").glob("now_future*.png"))) == (variant != "sp2")
+    stage.export(tmp_path / "out", run, ranks)
+    run.close()
+    assert checkpoint.load(tmp_path / "out").config.action_heads == "none"
+
+
+def test_labels_of_another_tokenizer_are_refused(made, ranks, tmp_path):
+    write(made, tmp_path / "labels", ranks)
+    begun = start.open_start(made.tokenizer)
+    with pytest.raises(TrainingError, match="label again"):
+        pretrain.Labels(tmp_path / "labels", dataclasses.replace(begun, hash="0" * 64), begun.config)
