@@ -1,0 +1,45 @@
+"""Recording demonstrations: where to, how many, and what makes an episode suspicious."""
+
+from pydantic import Field
+
+from config.loading import Strict
+
+
+class Recording(Strict):
+    """The recorder node's parameters besides the robot."""
+
+    dataset: str = Field("", description="folder of the dataset; a new one is made, an old one continued")
+    task: str = Field("", max_length=512, description="what is demonstrated, in words; may change in between")
+    target: int = Field(200, ge=1, description="episodes the dataset shall have in the end")
+    rate_hz: int | None = Field(
+        None, ge=1, le=60, description="frames per second; null: the embodiment's rate"
+    )
+    max_episode_s: float = Field(120.0, gt=0, le=3600, description="an episode ends by itself after this")
+    keep_clean: bool = Field(False, description="keep at ~/stop what has no warning; with one, always ask")
+    crf: int = Field(23, ge=0, le=40, description="H.264 quality of the pictures, lower is better")
+    queue_frames: int = Field(
+        90, ge=4, le=1000, description="frames that may wait for the encoder, then they are lost"
+    )
+    reserve_mb: int = Field(500, ge=0, description="free disk below which an episode is ended, MB")
+    raw: bool = Field(
+        False, description="also every message as <dataset>/raw/<time>.mcap; needs the package mcap"
+    )
+
+
+class Quality(Strict):
+    """Above these, an episode is suspicious. Used while recording and by `vipra dataset check`."""
+
+    sync_ms: float = Field(10.0, gt=0, description="99th percentile of a frame's synchronisation error")
+    gap_frames: float = Field(1.5, gt=1, description="frame periods between two captures")
+    freeze_s: float = Field(
+        0.3, gt=0, description="no picture change while an arm moves by freeze_motion_rad"
+    )
+    freeze_motion_rad: float = Field(0.05, gt=0)
+    freeze_levels: float = Field(
+        3.0, ge=0, description="largest mean change of a 16x16 px block that counts as none, of 255"
+    )
+    idle_s: float = Field(0.3, gt=0, description="longest rest in the middle of an episode")
+    idle_speed_rad_s: float = Field(0.02, gt=0, description="slower than this in every joint is rest")
+    idle_opening_per_s: float = Field(0.05, gt=0, description="the same for hands")
+    min_s: float = Field(1.0, ge=0, description="shortest episode")
+    tracking_rad: float = Field(0.1, gt=0, description="largest distance of action and state")

@@ -1,0 +1,178 @@
+"""What may be wrong with an episode: pure functions over its frames' times, vectors and picture changes.
+
+Used by the recorder on what it has just recorded and by `vipra dataset check` on what is on disk.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from config.recording import Quality
+from config.safety import JointRange
+
+_BLOCK = 16  # px
+_HELD_RAD = 0.02  # an arm that moved less over a gap in time was held: recording was paused
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem; `first`, `last`: the frames it concerns."""
+
+    kind: str  # short dropped sync gap pause frozen idle limit tracking duplicate
+    text: str
+    first: int = 0
+    last: int = 0
+    problem: bool = True  # False: worth knowing, nothing to worry about
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An episode without its pictures. T frames, D dimensions."""
+
+    fps: float
+    names: tuple[str, ...]  # of the D dimensions; a hand's ends in "gripper"
+    capture: np.ndarray  # [T] s
+    sync: np.ndarray  # [T] s
+    state: np.ndarray  # [T, D] rad, opening
+    action: np.ndarray  # [T, D]
+    change: np.ndarray  # [T] levels, see `change`; 0 at the first frame
+
+    def __len__(self) -> int:
+        return len(self.capture)
+
+    @property
+    def joints(self) -> np.ndarray:
+        """Which dimensions are joints, [D] bool."""
+        return np.array([not name.endswith("gripper") for name in self.names])
+
+
+def change(before: np.ndarray, after: np.ndarray) -> float:
+    """Largest mean change of a 16x16 px block between two pictures [h, w, 3], in levels of 255.
+
+    A small thing that moves shows in one block; noise and compression spread over all.
+    """
+    if np.array_equal(before, after):
+        return 0.0
+    height, width = (n - n % _BLOCK for n in before.shape[:2])
+    if not height or not width:
+        return float(np.abs(before.astype(np.int16) - after).mean())
+    moved = np.abs(before[:height, :width, 1].astype(np.int16) - after[:height, :width, 1])
+    blocks = moved.reshape(height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
+    return float(blocks.mean((1, 3)).max())
+
+
+def spans(mask: np.ndarray) -> list[tuple[int, int]]:
+    """First and last index of every run of True in [T]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
+
+
+def inspect(trace: Trace, quality: Quality, limits: JointRange | None = None) -> list[Finding]:
+    """Everything suspicious about an episode, in the order of its frames; `limits` adds limit hits."""
+    if not len(trace):
+        return [Finding("short", "no frames")]
+    found = [*_times(trace, quality), *_frozen(trace, quality), *_idle(trace, quality)]
+    found += _commands(trace, quality, limits)
+    return sorted(found, key=lambda f: f.first)
+
+
+def _at(trace: Trace, first: int, last: int) -> str:
+    return f"{first / trace.fps:.1f} to {(last + 1) / trace.fps:.1f} s"
+
+
+def _times(trace: Trace, quality: Quality) -> list[Finding]:
+    found = []
+    length = len(trace) / trace.fps
+    if length < quality.min_s:
+        found.append(Finding("short", f"only {length:.1f} s long", 0, len(trace) - 1))
+    worst = 1000 * float(np.quantile(trace.sync, 0.99))
+    if worst > quality.sync_ms:
+        at = int(trace.sync.argmax())
+        text = f"synchronisation error {worst:.1f} ms (99th percentile), over {quality.sync_ms:g} ms"
+        found.append(Finding("sync", text, at, at))
+    step = np.diff(trace.capture)
+    for first, last in spans(step <= 0):
+        count = last - first + 1
+        text = f"{count} frame{'s' * (count > 1)} without a new picture at {_at(trace, first + 1, last + 1)}"
+        found.append(Finding("dropped", text, first + 1, last + 1))
+    for i in np.flatnonzero(step > quality.gap_frames / trace.fps):
+        i = int(i)
+        if step[i - 1 : i].any() and step[i - 1] <= 0:  # the end of dropped frames, told already
+            continue
+        held = np.abs(trace.state[i + 1] - trace.state[i])[trace.joints].max(initial=0) < _HELD_RAD
+        kind = "pause" if held else "gap"
+        text = f"{kind} of {1000 * step[i]:.0f} ms between two pictures at {(i + 1) / trace.fps:.1f} s"
+        found.append(Finding(kind, text, i, i + 1, problem=not held))
+    return found
+
+
+def _frozen(trace: Trace, quality: Quality) -> list[Finding]:
+    found = []
+    still = trace.change <= quality.freeze_levels
+    still[:1] = False
+    for first, last in spans(still):
+        first -= 1  # the picture that stayed
+        moved = np.ptp(trace.state[first : last + 1][:, trace.joints], axis=0).max(initial=0)
+        if (last - first) / trace.fps > quality.freeze_s and moved > quality.freeze_motion_rad:
+            text = f"camera frozen at {_at(trace, first, last)} while an arm moved {moved:.2f} rad"
+            found.append(Finding("frozen", text, first, last))
+    return found
+
+
+def _idle(trace: Trace, quality: Quality) -> list[Finding]:
+    """Rest of all joints and hands, as they are and as they are told to be."""
+    limit = np.where(trace.joints, quality.idle_speed_rad_s, quality.idle_opening_per_s)
+    speed = np.abs(np.diff(trace.state, axis=0)) * trace.fps
+    told = np.abs(np.diff(trace.action, axis=0)) * trace.fps
+    found = []
+    for first, last in spans(((speed < limit) & (told < limit)).all(1)):
+        length = (last - first + 1) / trace.fps
+        if length > quality.idle_s + 1e-9:
+            text = f"{length:.1f} s without motion at {_at(trace, first, last)}"
+            found.append(Finding("idle", text, first, last + 1))
+    return found
+
+
+def _commands(trace: Trace, quality: Quality, limits: JointRange | None) -> list[Finding]:
+    found = []
+    joints = trace.joints
+    names = np.array(trace.names)[joints]
+    error = np.abs(trace.action - trace.state)[:, joints]
+    if error.size and error.max() > quality.tracking_rad:
+        frame, joint = np.unravel_index(error.argmax(), error.shape)
+        text = f"{names[joint]} was {error.max():.2f} rad off its action, over {quality.tracking_rad:g} rad"
+        found.append(Finding("tracking", f"{text} at {frame / trace.fps:.1f} s", int(frame), int(frame)))
+    if limits is None or int(joints.sum()) % 7:
+        return found
+    arms = int(joints.sum()) // 7
+    action = trace.action[:, joints]
+    low = np.tile(limits.position_min_rad, arms) + limits.soft_margin_rad
+    high = np.tile(limits.position_max_rad, arms) - limits.soft_margin_rad
+    fastest = np.tile(limits.velocity_rad_s, arms) * limits.software_share * 0.99
+    at_limit = (action <= low + 1e-4) | (action >= high - 1e-4)
+    speed = np.abs(np.diff(action, axis=0)) * trace.fps
+    too_fast = np.vstack([np.zeros((1, action.shape[1]), bool), speed >= fastest])
+    for hit, what in ((at_limit, "at its soft position limit"), (too_fast, "at its velocity limit")):
+        for joint in np.flatnonzero(hit.any(0)):
+            frames = np.flatnonzero(hit[:, joint])
+            first, last = int(frames[0]), int(frames[-1])
+            text = f"{names[joint]} {what} in {len(frames)} frames, {_at(trace, first, last)}"
+            found.append(Finding("limit", text, first, last))
+    return found
+
+
+def fingerprint(trace: Trace) -> str:
+    """Equal for episodes with the same motion: 0.1 mrad, times left out."""
+    values = np.round(np.hstack([trace.state, trace.action]).astype(np.float64), 4) + 0.0
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def duplicates(prints: Sequence[str]) -> dict[int, int]:
+    """Episode -> the earlier episode with the same fingerprint."""
+    first: dict[str, int] = {}
+    return {i: first[p] for i, p in enumerate(prints) if first.setdefault(p, i) != i}
