@@ -35,6 +35,10 @@ Data = Annotated[
 Model = Annotated[Path, typer.Option("--model", help="latent action model: folder from `vipra train latent`")]
 Episodes = Annotated[int | None, typer.Option(min=1, help="use the first so many of each dataset")]
 Stride = Annotated[int | None, typer.Option(min=1, help="frames of one step (default: the dataset's)")]
+HeldOut = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="only the episodes that training with this validation_share left out"),
+]
 ClipFrames = Annotated[int, typer.Option(min=2, help="frames the encoder sees at once, as in its training")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
 Grippers = Annotated[
@@ -52,6 +56,7 @@ def codes(
     direction: Annotated[bool, typer.Option(help="compare directions of motion (reads the frames)")] = True,
     clip_frames: ClipFrames = 8,
     stride: Stride = None,
+    held_out: HeldOut = None,
     episodes: Episodes = None,
     device: Device = "auto",
 ) -> None:
@@ -72,7 +77,7 @@ def codes(
             about = {"labels": str(labels)}
         else:
             network, about = _latent(model, device)
-            mixture = _mixture(data, stride)
+            mixture = _mixture(data, stride, held_out)
             steps = transitions.read(
                 network, mixture, clip_frames, None, motion=direction, limit=episodes, tick=tick
             )
@@ -100,6 +105,7 @@ def transfer(
     data: Data,
     frames: Annotated[int, typer.Option(min=2, help="of a clip (figure 5: 5)")] = 5,
     stride: Stride = None,
+    held_out: HeldOut = None,
     episodes: Episodes = 64,
     rows: Annotated[int, typer.Option(min=1, help="pairs on the contact sheet")] = 3,
     device: Device = "auto",
@@ -115,7 +121,7 @@ def transfer(
     network, about = _latent(model, device)
     with _bar("looking for motion") as tick:
         clips = measure.moving_clips(
-            _mixture(data, stride), network.config.image_size, frames, episodes, tick
+            _mixture(data, stride, held_out), network.config.image_size, frames, episodes, tick
         )
     numbers, rolled, targets = measure.transfer(network, clips)
     lines = []
@@ -157,6 +163,7 @@ def smoothness(
         bool, typer.Option("--deltas", help="actions are changes of the pose: sum them")
     ] = False,
     gripper: Grippers = None,
+    held_out: HeldOut = None,
     episodes: Episodes = 4,
     task: Annotated[str | None, typer.Option(help="instead of the episodes' instructions")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the policy's noise")] = 0,
@@ -175,7 +182,7 @@ def smoothness(
         raise AnalysisError("give --data with the demonstrations, --actions, or both")
     with _bar("replaying") as tick:
         found = compare.collect(
-            _mixture(data, None) if data else None,
+            _mixture(data, None, held_out) if data else None,
             [_named(p) for p in policy or ()],
             [_named(p) for p in recorded or ()],
             compare.Options(
@@ -211,6 +218,7 @@ def information(
     gripper: Grippers = None,
     clip_frames: ClipFrames = 8,
     stride: Stride = None,
+    held_out: HeldOut = None,
     episodes: Episodes = None,
     seeds: Annotated[int, typer.Option(min=1, help="repeats of the estimators")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="of the neural estimators (MVP-LAM: 8000)")] = 1000,
@@ -232,7 +240,7 @@ def information(
     for name, folder in map(_named, model):
         latent, about = _latent(folder, device)
         with _bar(f"encoding with {name}") as tick:
-            mixture, known = _mixture(data, stride), None if gripper is None else tuple(gripper)
+            mixture, known = _mixture(data, stride, held_out), None if gripper is None else tuple(gripper)
             read = transitions.read(latent, mixture, clip_frames, actions, known, limit=episodes, tick=tick)
         trio = read.latents, read.actions, read.episodes
         nmse, shuffled = probe_nmse(*trio)
@@ -284,15 +292,13 @@ def _named(given: str | Path) -> tuple[str, Path]:
     return (name, Path(path)) if found else (Path(given).stem, Path(given))
 
 
-def _mixture(data: str, stride: int | None) -> Mixture:
+def _mixture(data: str, stride: int | None, held_out: float | None) -> Mixture:
+    """What `--data` names; all of its episodes unless `held_out` is given."""
     from training.data.cli import mixture
 
     found = mixture(data)
-    if stride is None:
-        return found
-    return found.model_copy(
-        update={"datasets": tuple(d.model_copy(update={"stride": stride}) for d in found.datasets)}
-    )
+    configs = tuple(c if stride is None else c.model_copy(update={"stride": stride}) for c in found.datasets)
+    return found.model_copy(update={"datasets": configs, "validation_share": held_out or 0.0})
 
 
 def _device(name: str) -> str:

@@ -14,6 +14,7 @@ from training.analysis.probe import net_actions
 from training.data.augment import prepare
 from training.data.episode import DataError, Episode, Reader
 from training.data.open import open_dataset
+from training.data.sampling import held_out
 from training.data.windows import pick_view
 
 Tick = Callable[[int, int], None]  # (episodes done, of)
@@ -32,16 +33,22 @@ class Transitions:
 
 
 def each_episode(
-    mixture: Mixture, limit: int | None = None, tick: Tick | None = None, skipped: list | None = None
+    mixture: Mixture,
+    limit: int | None = None,
+    tick: Tick | None = None,
+    skipped: list | None = None,
 ) -> Iterator[tuple[DatasetConfig, Reader, Episode]]:
-    """Readable episodes of at least `min_frames`, up to `limit` a dataset; others go to `skipped`, or end it
-    where the mixture says so.
+    """Readable episodes of at least `min_frames`, up to `limit` a dataset: those the mixture holds out, or
+    all where it holds none out. Others go to `skipped`, or end it where the mixture says so.
     """
+    share, wanted = mixture.validation_share, []
     readers = [open_dataset(config) for config in mixture.datasets]
-    counts = [min(len(reader), limit or len(reader)) for reader in readers]
-    done = 0
-    for config, reader, count in zip(mixture.datasets, readers, counts, strict=True):
-        for index in range(count):
+    for reader in readers:
+        out = held_out([reader.key(i) for i in range(len(reader))], share)
+        wanted.append(np.flatnonzero(out == (share > 0))[:limit].tolist())
+    done, total = 0, sum(map(len, wanted))
+    for config, reader, indices in zip(mixture.datasets, readers, wanted, strict=True):
+        for index in indices:
             try:
                 episode = reader.episode(index)
                 if episode.length < config.min_frames:
@@ -53,7 +60,7 @@ def each_episode(
                 skipped.append((reader.key(index), str(error)))
             done += 1
             if tick:
-                tick(done, sum(counts))
+                tick(done, total)
 
 
 def windows(length: int, frames: int) -> list[range]:
@@ -99,7 +106,7 @@ def read(
     limit: int | None = None,
     tick: Tick | None = None,
 ) -> Transitions:
-    """Every step of every episode, at each dataset's stride.
+    """Every step of every episode (`each_episode` says which), at each dataset's stride.
 
     actions: what the recorded ones are, absolute or deltas (`probe.net_actions`), or None to leave them out.
     grippers: their dimensions (default: those that the dataset names so). Raises DataError, AnalysisError.

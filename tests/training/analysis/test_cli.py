@@ -25,6 +25,7 @@ from training.analysis import replay
 from training.analysis.arrays import AnalysisError
 from training.analysis.cli import main
 from training.data.open import open_dataset
+from training.data.sampling import held_out
 
 ROOT = Path(__file__).parents[3]
 BRIDGE = ROOT.parent / "shared" / "data" / "bridge_v2_sample"
@@ -124,10 +125,13 @@ def test_codes_from_a_model_and_from_its_labels(latent, tmp_path):
 
 @bridge
 def test_transfer(latent, tmp_path):
-    arguments = say("transfer", "--model", latent, "--data", BRIDGE, "--episodes", 6, "--frames", 4)
+    arguments = say("transfer", "--model", latent, "--data", BRIDGE, "--held-out", 0.25, "--frames", 4)
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     found = result(tmp_path, "transfer")
     assert found["steps"] == 3 and 2 <= found["clips"] <= 6
+    keys = [open_dataset(DatasetConfig(path=str(BRIDGE))).key(i) for i in range(25)]
+    unseen = {key for key, out in zip(keys, held_out(keys, 0.25), strict=True) if out}
+    assert {pair["source"] for pair in found["pairs"]} <= unseen
     for kind in ("transferred", "own", "target", "other_source"):
         assert -1 <= found[kind]["mean_cosine"] <= 1 and 0 <= found[kind]["same_way"] <= 1
     # an untrained residual decoder repeats the frame: what does not move points nowhere
