@@ -36,26 +36,21 @@ from training.start import parts, weights_source
 from training.text import Prompts
 
 
-def shared_prefix_loss(
+def shared_prefix_velocity(
     policy: Policy,
     texts: list[list[int]],
     codes: Tensor,
-    actions: Tensor,
+    x: Tensor,
+    s: Tensor,
     bridge: Tensor,
     samples: int = 1,
-    valid: Tensor | None = None,
 ) -> Tensor:
-    """Flow-matching loss of `samples` draws a row. codes [B, 2, N]; actions [B, H, D] normalised; valid
-    [B, H].
-
-    Equals `Policy.loss` for one sample, up to the weight of padded rows: here every row weighs the same.
-    """
-    config, (batch, horizon, dim) = policy.config, actions.shape
+    """g(x_s, s) [B * samples, H, D] for `samples` noisy chunks x a row, s [B * samples]; codes [B, 2, N]."""
+    config, batch, horizon = policy.config, len(codes), x.shape[1]
     layout = policy.layout(max(map(len, texts)), bridge)
     ids, lengths = sequence.pad_left(texts, layout.text_slots, codes.device)
-    target = sample_target(actions.float().repeat_interleave(samples, 0), config.objective)
-    noisy = policy.action_encoder(target.x, target.s).reshape(batch, samples * horizon, -1)
-    x = torch.cat([policy.backbone.text_embedding(ids), policy.embed_scene(codes, bridge), noisy], 1)
+    noisy = policy.action_encoder(x, s).reshape(batch, samples * horizon, -1)
+    embedded = torch.cat([policy.backbone.text_embedding(ids), policy.embed_scene(codes, bridge), noisy], 1)
 
     positions = sequence.positions(lengths, layout)
     prefix, actions_at = positions[:, : layout.first_action], positions[:, layout.first_action :]
@@ -70,8 +65,26 @@ def shared_prefix_loss(
         wide[:, :, rows, rows] = mask[:, :, first:, first:]
     rotation = rope(config, torch.cat([prefix, actions_at.repeat(1, samples)], 1))
     tail = None if lora.adapted(policy) else samples * horizon  # `tail` reads the matrices past the adapters
-    hidden = policy.backbone(x, rotation, wide, tail=tail)[:, -samples * horizon :]
-    prediction = policy.action_head(hidden).reshape(batch * samples, horizon, dim)
+    hidden = policy.backbone(embedded, rotation, wide, tail=tail)[:, -samples * horizon :]
+    return policy.action_head(hidden).reshape(batch * samples, horizon, -1)
+
+
+def shared_prefix_loss(
+    policy: Policy,
+    texts: list[list[int]],
+    codes: Tensor,
+    actions: Tensor,
+    bridge: Tensor,
+    samples: int = 1,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Flow-matching loss of `samples` draws a row. codes [B, 2, N]; actions [B, H, D] normalised; valid
+    [B, H].
+
+    Equals `Policy.loss` for one sample, up to the weight of padded rows: here every row weighs the same.
+    """
+    target = sample_target(actions.float().repeat_interleave(samples, 0), policy.config.objective)
+    prediction = shared_prefix_velocity(policy, texts, codes, target.x, target.s, bridge, samples)
     if valid is None:
         return flow_loss(prediction, target)
     error = (target.weight * prediction.float() - target.velocity).square().mean(-1)
@@ -102,7 +115,8 @@ class Actor(nn.Module):
         noise = torch.randn(like.shape, device=like.device)
 
         def velocity(u: Tensor, s: float) -> Tensor:
-            return self.policy.velocity(texts, codes, u, torch.full((len(u),), s, device=u.device), bridge)
+            at = torch.full((len(u),), s, device=u.device)
+            return shared_prefix_velocity(self.policy, texts, codes, u, at, bridge)
 
         return integrate(velocity, noise, objective=self.policy.config.objective)
 

@@ -1,40 +1,149 @@
-"""Sharing one prefix between flow samples changes the cost of the loss, not the loss."""
+"""Stage 3 learns what demonstrations say: both modes, one episode exactly, and nothing from another robot."""
 
+import copy
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 import torch
 
-from models import sequence
-from models.config import SIZES
+from config.dataset import DatasetConfig
+from config.embodiment import Embodiment
+from config.loading import ConfigError
+from config.training import FinetuneRecipe, Lora, TokenizerRecipe, load_recipe
+from models import checkpoint, sequence
+from models.config import SIZES, VQGANConfig
+from models.flow import integrate
 from models.policy import Policy
 from models.tokenizer import Tokenizer
-from training.finetune import shared_prefix_loss
+from models.vqgan import VQGAN
+from training import distributed, finetune, loop, start
+from training.actions import Corpus, Demonstration, chunk
+from training.data.augment import prepare
+from training.data.loader import collate
+from training.data.open import open_dataset
+from training.finetune import Finetune, shared_prefix_loss
+from training.run import Run, TrainingError
+from training.tokenizer import TokenizerStage, vocabulary
+
+ROOT = Path(__file__).parents[2]
+BRIDGE = ROOT.parent / "shared" / "data" / "bridge_v2_sample"
+LEROBOT = ROOT.parent / "shared" / "data" / "lerobot_v3_video"
+VQ = VQGANConfig(32, (8, 8, 8, 16), 1, 8, 64, norm_groups=4)  # 16 tokens a frame
+SMALL = dataclasses.replace(
+    SIZES["vipra_tiny"], name="small", hidden=64, mlp_hidden=128, layers=2, heads=2, vision_vocab=66, vqgan=VQ
+)
+ROBOT = Embodiment(
+    name="bridge",
+    horizon=4,
+    rate_hz=5,
+    history_seconds=0.2,
+    dimensions=[{"name": f"x{i}", "kind": "joint"} for i in range(6)] + [{"name": "g", "kind": "gripper"}],
+)
 
 
-def small():
-    config = SIZES["vipra_tiny"].with_embodiment(action_dim=4, horizon=14)
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(SIZES, "small", SMALL)
+    monkeypatch.setattr(start, "SIZES", SIZES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ranks():
+    yield distributed.start("cpu")
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def frame_tokenizer(tmp_path_factory) -> str:
+    """A checkpoint folder with a VQGAN that tells the frames of one episode apart."""
+    frames = np.random.default_rng(0).integers(256, size=(10, 32, 32, 3)).astype(np.uint8)
+    if BRIDGE.is_dir():
+        episode = open_dataset(DatasetConfig(path=str(BRIDGE))).episode(0)
+        frames = prepare(episode.frames(episode.views[0], range(10)), 32)
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQ)
+    x, optimizer = vqgan.to_input(torch.from_numpy(frames)), torch.optim.AdamW(vqgan.parameters(), 4e-3)
+    for i in range(200):
+        out = vqgan(x)
+        optimizer.zero_grad()
+        ((out.reconstruction - x).abs().mean() + out.loss).backward()
+        optimizer.step()
+        if i % 10 == 0:
+            vqgan.restart_codes(out.latents, out.codes)
+        if i % 10 == 9 and i > 30:
+            codes = copy.deepcopy(vqgan).bfloat16().float().encode(x)
+            if len(torch.cat([codes[[0, *range(9)]], codes], 1).unique(dim=0)) == 10:
+                break  # every pair (o_{t-1}, o_t) is told from every other
+    plan = TokenizerRecipe(**{**recipe("").model_dump(include=SHARED), "stage": "tokenizer"})
+    stage = TokenizerStage(plan, vqgan, torch.ones(32, 32))
+    stage.words = vocabulary(["put the cup away", "move"], SMALL.text_vocab)
+    folder = tmp_path_factory.mktemp("tokenizer") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "small", SMALL)
+        stage.export(folder, SimpleNamespace(last=dict), SimpleNamespace(first=True))
+    return str(folder)
+
+
+SHARED = {"model", "steps", "global_batch", "micro_batch", "optimizer", "validation"}
+
+
+def recipe(tokenizer: str, **changes) -> FinetuneRecipe:
+    fields = {
+        "stage": "finetune",
+        "model": "small",
+        "tokenizer": tokenizer or None,
+        "embodiment": "unused",
+        "steps": 2,
+        "global_batch": 4,
+        "micro_batch": 4,
+        "optimizer": {"learning_rate": 1e-3},
+        "validation": {"every": 1000, "samples": 4},
+    }
+    return FinetuneRecipe(**{**fields, **changes})
+
+
+def demonstration(length: int = 12, seed: int = 0) -> Demonstration:
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(0, 1, (length, 7)).astype(np.float32)
+    codes = rng.integers(64, size=(length, SMALL.frame_tokens)).astype(np.uint16)
+    return Demonstration("e", "move", codes, actions, actions)
+
+
+def stage_for(plan: FinetuneRecipe, *demos: Demonstration) -> Finetune:
+    stage = Finetune(plan, ROBOT, "name: bridge\n")
+    corpus = Corpus({(0, i): demo for i, demo in enumerate(demos)}, (1.0,))
+    stage.fit(corpus, corpus)
+    return stage
+
+
+def trained(plan, ranks, folder, *demos) -> tuple[Finetune, Run]:
+    stage, run = stage_for(plan, *demos), Run(folder, plan)
+    try:
+        assert loop.train(stage, plan, run, ranks, stage.samples())
+    finally:
+        run.close()
+    return stage, run
+
+
+def inputs(dim: int = 4, **choices):
+    config = SMALL.with_embodiment(action_dim=dim, horizon=4, **choices)
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["move both hands", "wave"], 300)
     texts = [sequence.encode_prompt(tokenizer, task) for task in ("move both hands", "wave")]
-    codes = torch.randint(512, (2, 2, config.frame_tokens))
-    return (
-        Policy(config),
-        texts,
-        codes,
-        torch.randn(2, 14, 4),
-        torch.tensor(sequence.encode_bridge(tokenizer)),
-    )
-
-
-def test_one_sample_equals_the_plain_loss():
-    policy, texts, codes, actions, bridge = small()
-    torch.manual_seed(1)
-    plain = policy.loss(texts, codes, actions, bridge)
-    torch.manual_seed(1)
-    shared = shared_prefix_loss(policy, texts, codes, actions, bridge, samples=1)
-    assert torch.allclose(plain, shared, atol=1e-5)
+    codes = torch.randint(64, (2, 2, config.frame_tokens))
+    bridge = torch.tensor(sequence.encode_bridge(tokenizer))
+    return Policy(config), texts, codes, torch.randn(2, 4, dim), bridge
 
 
 def test_samples_of_one_prefix_do_not_see_each_other():
-    policy, texts, codes, actions, bridge = small()
+    policy, texts, codes, actions, bridge = inputs()
     torch.manual_seed(1)
     shared = shared_prefix_loss(policy, texts, codes, actions, bridge, samples=3)
     torch.manual_seed(1)
@@ -45,3 +154,130 @@ def test_samples_of_one_prefix_do_not_see_each_other():
         bridge,
     )
     assert torch.allclose(shared, repeated, atol=1e-5)
+
+
+def test_masked_actions_do_not_count():
+    policy, texts, codes, actions, bridge = inputs()
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    changed = actions.clone()
+    changed[0, 2:] = 50.0
+    losses = []
+    for a in (actions, changed):
+        torch.manual_seed(1)
+        losses.append(shared_prefix_loss(policy, texts, codes, a, bridge, valid=mask))
+    assert losses[0] < 10 and torch.allclose(*losses, atol=1e-4)  # causal chunk: padding comes last
+
+
+def test_the_flow_head_learns_both_modes_and_not_their_mean():
+    policy, texts, codes, _, bridge = inputs(dim=2, chunk_attention="bidirectional")
+    checkpoint.initialize(policy, 0)
+    text, codes = texts[:1], codes[:1]
+    mode = torch.tensor([[1.0, -1.0]]).expand(4, 2)
+    both, twice = torch.stack([mode, -mode]), codes.expand(2, -1, -1)
+    optimizer = torch.optim.AdamW(policy.parameters(), 3e-3)
+    torch.manual_seed(0)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
+        loss = shared_prefix_loss(policy, text * 2, twice, both, bridge, samples=16)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noise = torch.randn(64, 4, 2)
+
+    def velocity(u, s):
+        return policy.velocity(text * 64, codes.expand(64, -1, -1), u, torch.full((64,), s), bridge)
+
+    with torch.no_grad():
+        sampled = integrate(velocity, noise)
+    near = [(sampled - m).square().mean((1, 2)) < 0.3 for m in (mode, -mode)]
+    assert sum(n.float().mean() for n in near) > 0.8
+    assert all(n.float().mean() > 0.2 for n in near)
+
+
+@pytest.mark.skipif(not BRIDGE.is_dir(), reason="needs ../shared/data/bridge_v2_sample")
+def test_one_real_episode_is_learned_exactly_and_the_checkpoint_acts_so(ranks, frame_tokenizer, tmp_path):
+    plan = recipe(
+        frame_tokenizer,
+        data={"datasets": [{"path": str(BRIDGE), "max_episodes": 1}]},
+        steps=600,
+        global_batch=10,
+        micro_batch=10,
+        samples=8,
+        optimizer={"learning_rate": 4e-3, "betas": (0.9, 0.95)},
+        schedule={"kind": "cosine", "warmup": 30},
+        chunk_attention="bidirectional",
+        ema=0.98,
+        checkpoint_every=10_000,
+        validation={"every": 10_000, "samples": 10},
+    )
+    vqgan = start.open_start(plan.tokenizer).vqgan()
+    run = Run(tmp_path / "run", plan)
+    corpus, _ = finetune.read_corpus(plan.data, ROBOT, vqgan, ranks, run)
+    stage = Finetune(plan, ROBOT, "name: bridge\n")
+    stage.fit(corpus, corpus)
+    loop.train(stage, plan, run, ranks, stage.samples())
+    assert run.last()["validation/action_mse"] < 1e-3 < 0.5 < run.last()["validation/mean_action_mse"]
+    assert (tmp_path / "run" / "images" / "open_loop-000600.png").is_file()
+    stage.export(tmp_path / "out", run, ranks)
+    run.close()
+
+    loaded = checkpoint.load(tmp_path / "out", serving=True)
+    demo = corpus.episodes[0, 0]
+    text = [sequence.encode_prompt(loaded.tokenizer, demo.instruction)]
+    codes = torch.from_numpy(demo.codes[[1, 2]].astype(np.int64))[None]
+    noise = torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(0))
+    bridge = torch.tensor(sequence.encode_bridge(loaded.tokenizer))
+    sampled = loaded.policy.sample_recomputing(text, codes, noise, bridge)
+    error = sampled - torch.from_numpy(loaded.normalizer.normalize(chunk(demo.actions, 2, 4)[0]))
+    assert error.square().mean() < 0.01  # weights are stored in bf16
+
+
+def test_adapters_merge_into_the_function_they_computed(ranks, frame_tokenizer, tmp_path):
+    before, run = trained(recipe(frame_tokenizer), ranks, tmp_path / "base", demonstration())
+    before.export(tmp_path / "start", run, ranks)
+    plan = recipe(
+        "", start=str(tmp_path / "start"), lora=Lora(rank=4, alpha=8), dropout=0.0,
+        optimizer={"learning_rate": 2e-2}, steps=3,
+    )  # fmt: skip
+    stage, run = trained(plan, ranks, tmp_path / "lora", demonstration())
+    assert not [n for n, p in stage.module.named_parameters() if p.requires_grad and "base_layer" in n]
+    stage.export(tmp_path / "merged", run, ranks)
+    merged, base = (checkpoint.load(tmp_path / name).policy for name in ("merged", "start"))
+    batch = stage.prepare(collate([stage.samples()[n] for n in range(4)]), ranks.device)
+    bridge = torch.tensor(stage.module.bridge)
+    arguments = (batch["texts"], batch["codes"], batch["actions"], torch.full((4,), 0.5), bridge)
+    with torch.no_grad():
+        stage.module.unshard()
+        adapted = finetune.shared_prefix_velocity(stage.module.policy, *arguments)
+        plain, untouched = merged.velocity(*arguments), base.velocity(*arguments)
+    assert torch.allclose(adapted, plain, atol=3e-2) and not torch.allclose(plain, untouched, atol=0.1)
+
+
+@pytest.mark.parametrize("head", ["flow", "ar"])
+def test_a_joint_that_never_moves_trains_and_saves(head, ranks, frame_tokenizer, tmp_path):
+    demo = demonstration()
+    demo.actions[:, 2] = 0.3
+    stage, run = trained(recipe(frame_tokenizer, head=head), ranks, tmp_path / "run", demo)
+    assert np.isfinite(run.last()["loss"])
+    stage.export(tmp_path / "out", run, ranks)
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.normalizer.scale[2] > 0 and (loaded.bins is not None) == (head == "ar")
+
+
+@pytest.mark.skipif(not LEROBOT.is_dir(), reason="needs ../shared/data/lerobot_v3_video")
+def test_demonstrations_of_another_robot_are_refused_before_training(ranks, tmp_path):
+    plan = recipe("", data={"datasets": [{"path": str(LEROBOT)}]})
+    run = Run(tmp_path, plan)
+    with pytest.raises(TrainingError, match="action 0 of 16 is a0, embodiment bridge has x0"):
+        finetune.read_corpus(plan.data, ROBOT, None, ranks, run)
+    run.close()
+
+
+def test_recipes_that_ship_are_valid_and_mistakes_are_named():
+    for path in sorted((ROOT / "config" / "training").glob("*.yaml")):
+        load_recipe(str(path))
+    with pytest.raises(ConfigError, match=r"finetune_tiny.yaml: optimizer.momentum: unknown key"):
+        load_recipe("finetune_tiny", ["optimizer.momentum=0.9"])
+    with pytest.raises(ConfigError, match="global_batch 24 is not a multiple of micro_batch 7"):
+        load_recipe("finetune_tiny", ["micro_batch=7"])
+    assert load_recipe("finetune_tiny", ["optimizer.learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
