@@ -22,6 +22,7 @@ EXTRAS = {
     "robot": [
         "av>=18.1",
         "coal>=3.0",
+        "dynamixel-sdk>=3.8",  # GELLO on a serial port
         "franky-control>=2.0",
         "franky-sim>=1.0.4",  # its FR3 description and meshes feed kinematics and collision checks
         "matplotlib>=3.11",
@@ -89,7 +90,7 @@ EXTRAS = {
         "setuptools>=64,<80",  # colcon calls setup.py, and later versions dropped what it needs
     ],
 }
-NODES = ("camera", "arms", "policy")
+NODES = ("camera", "arms", "policy", "teleop", "recorder")
 
 
 def share_files():

@@ -18,9 +18,10 @@ from pydantic import Field
 
 from config.loading import ConfigError, Strict, load, parse
 from config.robot import PRESETS, Robot
+from config.teleop import Teleop
 from vipra_ros.process import Child, stop_all, wait_for
 
-Kind = Literal["bimanual", "single", "policy_server"]
+Kind = Literal["bimanual", "single", "teleop", "policy_server"]
 SOURCE = Path(__file__).resolve().parent.parent  # where our packages lie
 
 
@@ -48,6 +49,8 @@ class Arguments(Strict):
     keys: str | None = Field(
         None, description="folder with CURVE keys (vipra keys); other machines need them"
     )
+    teleop: str | None = Field(None, description="file in config/teleop, or a path to one")
+    with_camera: Literal["yes", "no"] = Field("yes", description="no: only the arms and their leaders")
     task: str | None = Field(None, description="instruction for the policy")
     preset: Literal["3.5hz", "7hz", "22hz"] | None = Field(
         None,
@@ -69,17 +72,25 @@ class Arguments(Strict):
     )
 
 
+_TELEOP_ARGUMENTS = ("teleop", "with_camera")
 _ROBOT_ARGUMENTS = tuple(
-    name for name in Arguments.model_fields if name not in ("left_ip", "right_ip", "robot_ip", "bind", "keys")
+    name
+    for name in Arguments.model_fields
+    if name not in ("left_ip", "right_ip", "robot_ip", "bind", "keys", *_TELEOP_ARGUMENTS)
 )
 ARGUMENTS: Mapping[Kind, tuple[str, ...]] = {
     "bimanual": ("left_ip", "right_ip", *_ROBOT_ARGUMENTS),
     "single": ("robot_ip", *_ROBOT_ARGUMENTS),
+    "teleop": (
+        *("robot", "left_ip", "right_ip", *_TELEOP_ARGUMENTS, "camera", "camera_path"),
+        *("seed", "run_dir", "discovery"),
+    ),
     "policy_server": ("policy", "bind", "keys"),
 }
 DEFAULTS: Mapping[Kind, Mapping[str, str]] = {
     "bimanual": {"robot": "franka_bimanual"},
     "single": {"robot": "franka_single"},
+    "teleop": {"robot": "franka_bimanual", "teleop": "gello"},
     "policy_server": {"policy": "vipra_tiny_bimanual"},
 }
 # argument -> the robot's field it replaces
@@ -165,7 +176,9 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
         return Graph((_policy_server(said.policy, said.bind, said.keys),), {})
     changes = _changes(kind, said, overrides or {})
     robot = _apply(load(Robot, said.robot), changes, said.robot)
-    if len(robot.arms) != (2 if kind == "bimanual" else 1):
+    if kind == "teleop":
+        _check_leaders(robot, said)
+    elif len(robot.arms) != (2 if kind == "bimanual" else 1):
         raise ConfigError(
             f"{said.robot} has {len(robot.arms)} arm(s): use vipra up {_other(kind)}, or another robot"
         )
@@ -183,10 +196,19 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
     common = {"robot": said.robot, "run_dir": said.run_dir or "", **changes}
     quiet = {"OMP_NUM_THREADS": "1"}
     rendering = {"MUJOCO_GL": "egl", "LP_NUM_THREADS": "0"} if robot.camera.source == "sim" else {}
-    for name in ("camera", "arms", "policy"):
+    for name in ("camera", "arms", "teleop" if kind == "teleop" else "policy"):
+        if name == "camera" and said.with_camera == "no":
+            continue
         extra = {**quiet, **(rendering if name == "camera" else {})}
-        processes.append(Process(name, f"vipra_ros.nodes.{name}", f"vipra_{name}", (), common, extra))
+        parameters = {**common, "teleop": said.teleop} if name == "teleop" else common
+        processes.append(Process(name, f"vipra_ros.nodes.{name}", f"vipra_{name}", (), parameters, extra))
     return Graph(tuple(processes), {"ROS_AUTOMATIC_DISCOVERY_RANGE": said.discovery}, robot)
+
+
+def _check_leaders(robot: Robot, said: Arguments) -> None:
+    leaders = load(Teleop, said.teleop).leaders
+    if missing := [arm for arm in robot.arms if arm not in leaders]:
+        raise ConfigError(f"{said.teleop} has no leader for the {' and the '.join(missing)} arm")
 
 
 def _other(kind: Kind) -> str:

@@ -67,6 +67,14 @@ def label(context: typer.Context):
 
 
 @app.command(context_settings=_FORWARD)
+def analyze(context: typer.Context):
+    """Look into trained models: vipra analyze codes|transfer|smoothness|information."""
+    from training.analysis.cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
 def runs(context: typer.Context):
     """List and compare training runs."""
     from training.runs import main as run
@@ -74,9 +82,20 @@ def runs(context: typer.Context):
     raise typer.Exit(run(context.args))
 
 
+@app.command(context_settings=_FORWARD)
+def gello(context: typer.Context):
+    """Lead the arms with GELLO: vipra gello calibrate|read|start|pause|stop."""
+    from vipra_ros.teleop.cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 @app.command()
 def up(
-    kind: Annotated[Literal["bimanual", "single"], typer.Argument(help="two arms or one")],
+    kind: Annotated[
+        Literal["bimanual", "single", "teleop"],
+        typer.Argument(help="two arms or one under a policy, or arms that follow GELLO"),
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -84,7 +103,7 @@ def up(
         ),
     ] = None,
     start: Annotated[
-        bool, typer.Option("--start", help="let the policy move the arms once all is ready")
+        bool, typer.Option("--start", help="let the policy (or GELLO) move the arms once all is ready")
     ] = False,
     list_: Annotated[bool, typer.Option("--list", help="print every setting and exit")] = False,
 ):

@@ -76,7 +76,11 @@ def rows(monitor: Monitor) -> dict[str, str]:
             table["faults"] = "; ".join(fault["reason"] for fault in faults)
         if rejected := arms.values.get("rejected"):
             table["rejected"] = rejected
-    if policy is None:
+    teleop = monitor.status("teleop")
+    if teleop is not None:
+        table["teleop"] = f"{teleop.values.get('state', '?')} {teleop.message}".strip()
+        table["leaders"] = teleop.values.get("leaders", "")
+    elif policy is None:
         table["policy"] = "no status yet"
     else:
         table["policy"] = f"{policy.values.get('state', '?')} {policy.message}".strip()

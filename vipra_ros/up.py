@@ -9,6 +9,10 @@ from vipra_ros import bringup
 from vipra_ros.process import ProcessError, signals_raise, wait_for
 
 READY_S = 60.0
+_START = {
+    "policy": "`vipra start` lets the policy move the arms",
+    "teleop": "`vipra gello start` couples the arms to their leaders",
+}
 
 
 def run_folder(verb: str) -> Path:
@@ -30,9 +34,9 @@ def run(kind: bringup.Kind, given: Mapping[str, Any], start: bool) -> int:
             view.say(f"starting {', '.join(p.name for p in graph.processes)}; logs in {folder}")
             with bringup.running(graph, folder) as children, Monitor(discovery=discovery) as monitor:
                 wait_ready(monitor, children)
-                view.say("ready" if start else "ready: `vipra start` lets the policy move the arms")
+                view.say("ready" if start else f"ready: {_START[commander(children)]}")
                 if start:
-                    view.say(monitor.call("/policy/start", 15.0))
+                    view.say(monitor.call(f"/{commander(children)}/start", 15.0))
                 while True:
                     for child in children:
                         child.check()
@@ -46,12 +50,18 @@ def run(kind: bringup.Kind, given: Mapping[str, Any], start: bool) -> int:
             return 1
 
 
+def commander(children) -> str:
+    """The node that commands the arms: policy or teleop."""
+    return "teleop" if any(child.name == "teleop" for child in children) else "policy"
+
+
 def wait_ready(monitor, children) -> None:
-    """Until camera, arms and policy have shown themselves. Raises ProcessError naming who has not."""
+    """Until camera, arms and commander have shown themselves. Raises ProcessError naming who has not."""
+    names = {child.name for child in children}
 
     def missing() -> list[str]:
-        absent = [name for name in ("arms", "policy") if monitor.status(name) is None]
-        return absent + ([] if monitor.frames_per_second() else ["camera"])
+        absent = [n for n in ("arms", commander(children)) if n in names and monitor.status(n) is None]
+        return absent + (["camera"] if "camera" in names and not monitor.frames_per_second() else [])
 
     try:
         wait_for(lambda: not missing(), READY_S, "graph ready", children)

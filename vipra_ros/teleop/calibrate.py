@@ -42,8 +42,8 @@ def calibrate(
     """
     if missing := servos.missing():
         raise LeaderError(
-            f"{servos.port}: servo {', '.join(map(str, missing))} does not answer: check power, cables, ids and "
-            "baud rate"
+            f"{servos.port}: servo {', '.join(map(str, missing))} does not answer: "
+            "check power, cables, ids and baud rate"
         )
 
     def step(prompt: str, work: Callable[[np.ndarray], object]):
