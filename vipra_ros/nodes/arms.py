@@ -1,9 +1,9 @@
 """Arms node: owns every arm of the robot and translates between ROS and `ArmsExecutor`.
 
-Topics `/<arm>/joint_states`, `/<arm>/joint_command`, `~/status`, `/diagnostics`; services `~/acquire_lease`,
-`~/stop`, `~/recover`, `~/home`. Every stamp is executor time. Timers run on the steady clock and motion on
-the executor clock, so jumps of wall or ROS time change nothing. A software stop is not a safety function: use
-the emergency stop.
+Topics `/<arm>/joint_states`, `/<arm>/joint_reference` (what the arm is told), `/<arm>/joint_command`,
+`~/status`, `/diagnostics`; services `~/acquire_lease`, `~/stop`, `~/recover`, `~/home`. Every stamp is
+executor time. Timers run on the steady clock and motion on the executor clock, so jumps of wall or ROS time
+change nothing. A software stop is not a safety function: use the emergency stop.
 """
 
 import array
@@ -113,6 +113,9 @@ class ArmsNode(Node):
         self._state_publishers = {
             name: self.create_publisher(JointState, f"/{name}/joint_states", 10) for name in self._names
         }
+        self._reference_publishers = {
+            name: self.create_publisher(JointState, f"/{name}/joint_reference", 10) for name in self._names
+        }
         self._joint_rate_hz = robot.control.joint_state_rate_hz
         self._changes = -1
         self._told = ""
@@ -211,6 +214,7 @@ class ArmsNode(Node):
             message.velocity = array.array("d", (*state.dq, *still))
             message.effort = array.array("d", (*state.tau, *still))
             self._state_publishers[name].publish(message)
+        self._publish_reference()
         self._ticks += 1
         every = max(1, round(self._joint_rate_hz / STATUS_RATE_HZ))
         if core.changes != self._changes or self._ticks % every == 0:
@@ -224,6 +228,20 @@ class ArmsNode(Node):
                     self.get_logger().info(text)
                 else:  # its own line: rclpy ties a severity to the line of the call
                     self.get_logger().warning(text)
+
+    def _publish_reference(self) -> None:
+        """The reference that was last sent, with the time it was sent at: a recorder's actions."""
+        commanded = self._executor_core.commanded()
+        if commanded is None:
+            return
+        t, arms = commanded
+        for name, (q, dq, opening) in arms.items():
+            message = JointState(name=joint_names(name, opening is not None))
+            message.header.stamp = _stamp(t)
+            message.header.frame_id = f"{name}_fr3_link0"
+            message.position = array.array("d", (*q, *(() if opening is None else (opening,))))
+            message.velocity = array.array("d", (*dq, *(() if opening is None else (0.0,))))
+            self._reference_publishers[name].publish(message)
 
     def _make_status(self) -> DiagnosticStatus:
         core, counters = self._executor_core, self._executor_core.counters

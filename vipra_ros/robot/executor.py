@@ -126,7 +126,9 @@ class ArmsExecutor:
         self._reference: Reference | None = None
         self._gate: Supervisor | None = None  # its `state` is what was last sent
         self._gripper_action = (-1, -1)
+        self._openings: list[float | None] = [None] * len(self._sides)  # last due, by arm
         self._measured_at = 0.0
+        self._commanded: tuple[float, np.ndarray, np.ndarray] | None = None  # executor time, q, dq
         self._sent_at = -np.inf  # when the gate last let something through
         self._new_holder = False
 
@@ -337,6 +339,22 @@ class ArmsExecutor:
         states = {s.name: (s.state, s.gripper.opening if s.gripper else None) for s in self._sides if s.state}
         return self._measured_at, states
 
+    def commanded(self) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray, float | None]]] | None:
+        """What the arms were last told, by arm: q, dq [7] and the hand's opening, and when, executor time.
+
+        The opening is the action's, before hysteresis; until a first action it is the measured one. None for
+        an arm without a hand; all is None before the first tick.
+        """
+        if self._commanded is None:
+            return None
+        now, q, dq = self._commanded
+        told = {}
+        for side, opening in zip(self._sides, self._openings, strict=True):
+            if opening is None and side.gripper is not None:
+                opening = side.gripper.opening
+            told[side.name] = (q[side.rows], dq[side.rows], opening)
+        return now, told
+
     def gripper_faults(self) -> dict[str, str]:
         """What is wrong with the hands, by arm; empty if nothing."""
         return {s.name: s.gripper.fault for s in self._sides if s.gripper is not None and s.gripper.fault}
@@ -414,6 +432,7 @@ class ArmsExecutor:
             self._on_verdict(now, verdict)
         q, dq = verdict.q, verdict.dq
         skew = self._send(q, dq, now, stalled)
+        self._commanded = (now, q, dq)
         self._advance(now, sample)
         self._move_grippers(sample)
         self._account(sample, q)
@@ -624,8 +643,9 @@ class ArmsExecutor:
         if sample.gripper is None or self.state is not State.RUNNING or action == self._gripper_action:
             return
         self._gripper_action = action
-        hands = [side for side in self._sides if side.gripper is not None]
-        for side, opening in zip(hands, sample.gripper, strict=False):
+        hands = [i for i, side in enumerate(self._sides) if side.gripper is not None]
+        for i, opening in zip(hands, sample.gripper, strict=False):
+            side, self._openings[i] = self._sides[i], float(opening)
             wish = side.hysteresis.update(float(opening))
             if wish is not None:
                 side.gripper.wish(wish)
