@@ -1,8 +1,8 @@
 """What a demonstration on one of our robots consists of, as features of a LeRobotDataset.
 
 The recorder, the simulator's generator and `vipra dataset` share it. Frame i holds everything at one moment,
-the capture of its picture: action i is what the robot was told then, so with frame t as observation action t + i
-is due i / fps after it.
+the capture of its picture: action i is what the robot was told then. So with frame t as the observation,
+action t + i is due i / fps after it.
 """
 
 from collections.abc import Sequence
