@@ -63,21 +63,23 @@ def probe_nmse(
         raise AnalysisError("all samples are of one episode: the probe needs others to be tested on")
     if not x.std(0).any():
         return 1.0, 1.0
-    y = standardised(y)
-    rng = np.random.default_rng(seed)
-    shuffled = [_nmse(x[rng.permutation(len(x))], y, groups, components) for _ in range(permutations)]
-    return _nmse(x, y, groups, components), float(np.mean(shuffled))
+    y, rng = standardised(y), np.random.default_rng(seed)
+    shuffled = [y[rng.permutation(len(y))] for _ in range(permutations)]
+    nmse = _nmse(x, np.stack([y, *shuffled]), groups, components)
+    return float(nmse[0]), float(nmse[1:].mean())
 
 
-def _nmse(x: np.ndarray, y: np.ndarray, groups: np.ndarray, components: int) -> float:
-    error = reference = 0.0
-    for train, test in GroupKFold(min(FOLDS, groups.max() + 1)).split(x, y, groups):
+def _nmse(x: np.ndarray, ys: np.ndarray, groups: np.ndarray, components: int) -> np.ndarray:
+    """Of one probe for each of m targets: x [n, d], ys [m, n, D] -> [m]."""
+    targets = np.hstack(ys)
+    error, reference = np.zeros((2, targets.shape[1]))
+    for train, test in GroupKFold(min(FOLDS, groups.max() + 1)).split(x, groups=groups):
         size = min(components, x.shape[1], len(train) - 1)
         reduce = PCA(size, svd_solver="covariance_eigh")
         inputs = reduce.fit_transform(x[train])
         scale = max(inputs.std(), 1e-12)
-        ridge = RidgeCV(_ALPHAS).fit(inputs / scale, y[train])
-        predicted = ridge.predict(reduce.transform(x[test]) / scale).reshape(len(test), -1)
-        error += np.square(predicted - y[test]).sum()
-        reference += np.square(y[train].mean(0) - y[test]).sum()
-    return float(error / max(reference, 1e-12))
+        ridge = RidgeCV(_ALPHAS, alpha_per_target=True).fit(inputs / scale, targets[train])
+        predicted = ridge.predict(reduce.transform(x[test]) / scale)
+        error += np.square(predicted - targets[test]).sum(0)
+        reference += np.square(targets[train].mean(0) - targets[test]).sum(0)
+    return error.reshape(len(ys), -1).sum(1) / np.maximum(reference.reshape(len(ys), -1).sum(1), 1e-12)
