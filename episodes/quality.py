@@ -102,7 +102,7 @@ def _times(trace: Trace, quality: Quality) -> list[Finding]:
         found.append(Finding("dropped", text, first + 1, last + 1))
     for i in np.flatnonzero(step > quality.gap_frames / trace.fps):
         i = int(i)
-        if step[i - 1 : i].any() and step[i - 1] <= 0:  # the end of dropped frames, told already
+        if i and step[i - 1] <= 0:  # the end of dropped frames, told already
             continue
         held = np.abs(trace.state[i + 1] - trace.state[i])[trace.joints].max(initial=0) < _HELD_RAD
         kind = "pause" if held else "gap"

@@ -1,7 +1,7 @@
 """One sitting of recording: what the operator asks for, what the streams do, and which episodes are kept.
 
-An episode is recorded, then kept or discarded. One whose data is suspicious has to be kept twice: nothing with
-a frozen camera enters a dataset unseen. No ROS.
+An episode is recorded, then kept or discarded. One whose data is suspicious has to be kept twice:
+nothing with a frozen camera enters a dataset unseen. No ROS.
 """
 
 import enum
@@ -251,7 +251,7 @@ class Session:
 
     def _judge(self) -> None:
         if not self.frames:
-            self._drop("no frames were recorded: start, wait, stop")
+            self._drop("; ".join(filter(None, (self.message, "no frames were recorded"))))
             return
         findings = sorted([*self._worker.findings(), *self._events], key=lambda f: f.first)
         why, self.last = self.message, (self.length_s, findings)

@@ -1,0 +1,244 @@
+"""Recorder node: demonstrations from the live topics to a LeRobotDataset.
+
+Takes `/front_camera/image_raw`, `/<arm>/joint_states`, `/<arm>/joint_reference` and `/arms/status`; services
+`~/start`, `~/stop`, `~/keep`, `~/discard`, `~/undo`, `~/retry`, `~/pause`; parameters `task` and `target`,
+which may change between episodes; `~/status`. Frames are encoded in a thread of their own, so that no message
+waits for a disk. Timers run on the steady clock and stamps are executor time.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock as RosClock
+from rclpy.clock import ClockType
+from rclpy.executors import ExternalShutdownException
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image, JointState
+from std_srvs.srv import Trigger
+
+from config.embodiment import Embodiment
+from config.loading import ConfigError, load
+from config.recording import Quality, Recording
+from episodes.layout import EpisodesError
+from simulation.state import StateError
+from vipra_ros.clock import make_clock, to_stamp
+from vipra_ros.parameters import declare, declare_robot, revise
+from vipra_ros.process import die_with_parent, signals_raise
+from vipra_ros.recording.session import Refused, Session, State
+from vipra_ros.recording.synchronizer import Synchronizer
+from vipra_ros.recording.worker import Worker, open_writer
+from vipra_ros.robot.commands import joint_names
+
+POLL_S = 0.01
+STATUS_S = 0.2
+_ERRORS = 3  # findings named in the status
+
+
+class RecorderNode(Node):
+    """See the module."""
+
+    def __init__(self, **options):
+        self._resources = contextlib.ExitStack()  # first: a half-made node is destroyed as well
+        super().__init__("recorder", **options)
+        robot = declare_robot(self, ["camera", "simulation"])
+        self._config = declare(self, Recording(), writable=("task", "target"))
+        if not self._config.dataset:
+            raise ConfigError(
+                "recorder: parameter dataset is empty: name a folder (dataset:=recordings/cups)"
+            )
+        embodiment = load(Embodiment, robot.embodiment)
+        rate_hz = self._config.rate_hz or embodiment.rate_hz
+        if rate_hz != int(rate_hz):
+            raise ConfigError(f"recorder: {rate_hz:g} frames per second: datasets need a whole number")
+        hands = {
+            arm: robot.arms[arm].gripper for arm in dict.fromkeys(n.split("_")[0] for n in embodiment.names)
+        }
+        self._names = {arm: list(joint_names(arm, hand)) for arm, hand in hands.items()}
+        if tuple(name for names in self._names.values() for name in names) != embodiment.names:
+            raise ConfigError(f"embodiment {embodiment.name}: its dimensions are not the robot's, arm by arm")
+        self._camera = robot.camera
+        self._executor_clock = make_clock(robot)
+        self._resources.callback(self._executor_clock.close)
+
+        root = Path(self._config.dataset).expanduser().resolve()
+        size = robot.camera.height, robot.camera.width
+        writer = open_writer(root, embodiment.names, embodiment.name, int(rate_hz), size, self._config.crf)
+        self._worker = Worker(writer, Quality(), self._config.queue_frames)
+        self._resources.callback(self._worker.close)
+        self._synchronizer = Synchronizer(rate_hz, robot.camera.rate_hz, hands)
+        self._session = Session(self._config, self._synchronizer, self._worker, root)
+        self._root = root
+        self._told = ""
+        self.add_on_set_parameters_callback(self._on_parameters)
+
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        images = QoSProfile(depth=8, reliability=ReliabilityPolicy.BEST_EFFORT)
+        samples = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+        self._status = self.create_publisher(DiagnosticStatus, "~/status", latched)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_subscription(Image, "/front_camera/image_raw", self._on_image, images)
+        self.create_subscription(DiagnosticStatus, "/arms/status", self._on_arms, latched)
+        for arm in hands:
+            for topic, add in (
+                ("joint_states", self._synchronizer.add_state),
+                ("joint_reference", self._synchronizer.add_action),
+            ):
+                self.create_subscription(
+                    JointState,
+                    f"/{arm}/{topic}",
+                    lambda message, arm=arm, add=add: self._on_joints(arm, message, add),
+                    samples,
+                )
+        session = self._session
+        for verb, action in {
+            "start": lambda: session.start(self._executor_clock.now()),
+            "stop": session.stop,
+            "keep": session.keep,
+            "discard": session.discard,
+            "undo": session.undo,
+            "retry": lambda: session.retry(self._executor_clock.now()),
+            "pause": session.pause,
+        }.items():
+            self.create_service(Trigger, f"~/{verb}", lambda _, r, action=action: self._answer(r, action))
+        steady = RosClock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(POLL_S, self._poll, clock=steady)
+        self.create_timer(STATUS_S, self._publish_status, clock=steady)
+        self.create_timer(1.0, self._diagnose, clock=steady)
+        self.get_logger().info(f"{root}: {self._worker.episodes} of {self._config.target} episodes")
+
+    def destroy_node(self) -> None:
+        """Drops an episode that was not kept, and lets the dataset go."""
+        self._resources.close()
+        super().destroy_node()
+
+    # --- ROS to session
+
+    def _on_image(self, message: Image) -> None:
+        camera = self._camera
+        if (message.encoding, message.width, message.height) != ("rgb8", camera.width, camera.height):
+            self.get_logger().error(
+                f"pictures are {message.encoding} {message.width}x{message.height}, "
+                f"expected rgb8 {camera.width}x{camera.height}: they are not recorded",
+                throttle_duration_sec=5.0,
+            )
+            return
+        rgb = np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
+        self._synchronizer.add_picture(rgb, _seconds(message.header.stamp))
+
+    def _on_joints(self, arm: str, message: JointState, add) -> None:
+        names = self._names[arm]
+        if message.name != names or len(message.position) != len(names):
+            self.get_logger().error(
+                f"{arm}: joint states name {', '.join(message.name)}, expected {', '.join(names)}",
+                throttle_duration_sec=5.0,
+            )
+            return
+        add(arm, _seconds(message.header.stamp), np.array(message.position))
+
+    def _on_arms(self, message: DiagnosticStatus) -> None:
+        state = next((v.value for v in message.values if v.key == "state"), "")
+        self._session.on_arms(state, message.message)
+
+    def _on_parameters(self, parameters: list) -> SetParametersResult:
+        try:
+            changed = [p for p in parameters if p.name in ("task", "target")]
+            config = revise(self._config, "", changed)
+            if config.task != self._config.task:
+                self._session.set_task(config.task)
+        except (ConfigError, Refused) as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        self._config, self._session.target = config, config.target
+        return SetParametersResult(successful=True)
+
+    def _answer(self, response: Trigger.Response, action) -> Trigger.Response:
+        try:
+            response.message = action()
+            response.success = True
+        except Refused as error:
+            response.success, response.message = False, str(error)
+        self._publish_status()
+        return response
+
+    # --- session to ROS
+
+    def _poll(self) -> None:
+        session = self._session
+        session.poll(self._executor_clock.now())
+        text = f"{session.state.value}: {session.message}"
+        if text != self._told:
+            self._told = text
+            self.get_logger().info(text)
+            self._publish_status()
+
+    def _publish_status(self) -> None:
+        self._status.publish(self._make_status())
+
+    def _make_status(self) -> DiagnosticStatus:
+        session, worker = self._session, self._worker
+        warnings = session.warnings(self._executor_clock.now())
+        length, findings = session.last
+        values = {
+            "state": session.state.value,
+            "message": session.message,
+            "count": worker.episodes,
+            "target": session.target,
+            "task": session.task,
+            "dataset": self._root,
+            "frames": session.frames,
+            "length_s": f"{session.length_s:.2f}",
+            "repeated": session.repeated,
+            "last_length_s": f"{length:.2f}",
+            "last_findings": "; ".join(f.text for f in findings),
+            "flagged": str(bool(session.flags) and session.state is State.PENDING).lower(),
+            "warnings": "; ".join(warnings[:_ERRORS]),
+            "sync_p99_ms": f"{session.sync_p99_ms():.2f}",
+            "waiting": worker.waiting,
+        }
+        level = DiagnosticStatus.WARN if warnings else DiagnosticStatus.OK
+        message = "; ".join((session.message, *warnings[:_ERRORS]))
+        status = DiagnosticStatus(level=level, name="recorder", message=message, hardware_id=str(self._root))
+        status.values = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
+        return status
+
+    def _diagnose(self) -> None:
+        message = DiagnosticArray(status=[self._make_status()])
+        message.header.stamp.sec, message.header.stamp.nanosec = to_stamp(self._executor_clock.now())
+        self._diagnostics.publish(message)
+
+
+def _seconds(stamp) -> float:
+    return stamp.sec + 1e-9 * stamp.nanosec
+
+
+def main() -> int:
+    """Run the node until interrupted; 2 for a wrong configuration or a dataset that cannot be used."""
+    die_with_parent()
+    # Our own handlers: what is being saved is saved before the process ends.
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    node = None
+    try:
+        with signals_raise():
+            try:
+                node = RecorderNode()
+                rclpy.spin(node)
+            finally:
+                if node is not None:
+                    node.destroy_node()
+                rclpy.try_shutdown()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 0
+    except (ConfigError, EpisodesError, StateError, OSError) as error:
+        print(f"recorder: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
