@@ -330,8 +330,14 @@ def _lock(root: Path) -> int:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(file)
-        raise EpisodesError(f"{root}: another writer is at work on this dataset; stop it first") from None
+        raise EpisodesError(
+            f"{root}: another writer (process {holder}) is at work on this dataset: stop it first, or record "
+            "to another folder"
+        ) from None
+    os.truncate(file, 0)
+    os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
 
 
