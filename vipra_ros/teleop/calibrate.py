@@ -33,8 +33,8 @@ def calibrate(
     baud: int,
     signs: tuple[int, ...],
     check_signs: bool,
-    ask: Callable[[str], str] = input,
-    say: Callable[[str], None] = print,
+    ask: Callable[[str], str],
+    say: Callable[[str], None],
 ) -> Dynamixel:
     """Ask an operator for one pose after the other. `servos`: seven joints, then the trigger if there is one.
 

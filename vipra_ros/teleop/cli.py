@@ -41,7 +41,7 @@ def calibrate(
     if set(expected) - {-1, 1}:
         raise ConfigError(f"--signs {signs}: each is 1 or -1")
     with Servos(port, baud, numbers) as servos:
-        found = run(servos, baud, expected, check_signs)
+        found = run(servos, baud, expected, check_signs, input, print)
     if out is None:
         print(as_yaml({"leaders": {arm: {"dynamixel": found.model_dump(mode="json")}}}))
     else:

@@ -36,7 +36,7 @@ class Stamps:
         if self._delays and abs(delay - self._delays[-1]) > CLOCK_S:
             self._delays.clear()
         self._delays.append(delay)
-        return min(stamp_s + sum(self._delays) / len(self._delays), arrival_s)
+        return stamp_s + sum(self._delays) / len(self._delays)
 
 
 class OneEuro:
@@ -48,7 +48,7 @@ class OneEuro:
     def __init__(self, config: Filter):
         self._config = config
         self.value: np.ndarray | None = None
-        self._speed = np.zeros(0)
+        self._raw = self._speed = np.zeros(0)
         self._t = 0.0
 
     def reset(self) -> None:
@@ -61,10 +61,10 @@ class OneEuro:
             self.value, self._speed = raw.copy(), np.zeros_like(raw)
         else:
             dt = t - self._t
-            self._speed += _gain(config.speed_cutoff_hz, dt) * ((raw - self.value) / dt - self._speed)
+            self._speed += _gain(config.speed_cutoff_hz, dt) * ((raw - self._raw) / dt - self._speed)
             cutoff = config.min_cutoff_hz + config.beta * np.abs(self._speed)
             self.value = self.value + _gain(cutoff, dt) * (raw - self.value)
-        self._t = t
+        self._t, self._raw = t, raw
         return self.value
 
 

@@ -1,0 +1,233 @@
+"""The teleop node against the arms' interface: lease, chunks, clutch, refusals. No arms, no simulator."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+from diagnostic_msgs.msg import DiagnosticStatus
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Float32
+from std_srvs.srv import Trigger
+
+from config.loading import ConfigError
+from tests.vipra_ros.arms_standin import ARMS, ArmsStandIn
+from tests.vipra_ros.graph import HOME, Graph, write_robot
+from vipra_ros import bringup
+from vipra_ros.clock import to_stamp
+from vipra_ros.nodes.teleop import TeleopNode
+from vipra_ros.process import wait_for
+
+HOME = np.array(HOME)
+
+
+class Gello:
+    """GELLO's publishers of both arms, stamped by the wall clock as theirs are."""
+
+    def __init__(self, graph: Graph):
+        node = graph.node
+        self.joints = {arm: HOME.copy() for arm in ARMS}
+        self.opening = dict.fromkeys(ARMS, 1.0)
+        self.running = True
+        self.stamp_offset_s = 0.0
+        self._closing = threading.Event()
+        self._states = {
+            arm: graph.do(lambda a=arm: node.create_publisher(JointState, f"/{a}/gello/joint_states", 10))
+            for arm in ARMS
+        }
+        self._triggers = {
+            arm: graph.do(
+                lambda a=arm: node.create_publisher(
+                    Float32, f"/{a}/gripper/gripper_client/target_gripper_width_percent", 10
+                )
+            )
+            for arm in ARMS
+        }
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.wait(0.04):
+            if not self.running:
+                continue
+            for arm in ARMS:
+                message = JointState(name=[f"fr3_joint{i}" for i in range(1, 8)])
+                sec, nanosec = to_stamp(time.time() + self.stamp_offset_s)
+                message.header.stamp.sec, message.header.stamp.nanosec = sec, nanosec
+                message.position = self.joints[arm].tolist()
+                self._triggers[arm].publish(Float32(data=self.opening[arm]))
+                self._states[arm].publish(message)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+
+class Rig:
+    def __init__(self, graph: Graph, robot: str):
+        self.graph, self.arms = graph, ArmsStandIn(context=graph.context)
+        graph.spin(self.arms)
+        overrides = [Parameter("robot", value=robot), Parameter("jump_rad", value=0.5)]
+        self.node = TeleopNode(context=graph.context, parameter_overrides=overrides)
+        graph.spin(self.node)
+        self.gello = Gello(graph)
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self.statuses = graph.collect(DiagnosticStatus, "/teleop/status", latched)
+        self.clients = {
+            name: graph.do(lambda n=name: graph.node.create_client(Trigger, f"/teleop/{n}"))
+            for name in ("start", "stop", "pause")
+        }
+
+    def call(self, name: str) -> tuple[bool, str]:
+        client = self.clients[name]
+        assert client.wait_for_service(20.0)
+        future = self.graph.do(lambda: client.call_async(Trigger.Request()))
+        wait_for(future.done, 15, f"answer of {name}", poll_s=0.005)
+        return future.result().success, future.result().message
+
+    def start(self) -> None:
+        """A coupling that a busy machine may put off: its leaders must be heard first."""
+        wait_for(lambda: self.call("start")[0], 20, "coupled")
+
+    def value(self, key: str) -> str:
+        return {v.key: v.value for v in self.statuses[-1].values}[key] if self.statuses else ""
+
+    @property
+    def reason(self) -> str:
+        return self.statuses[-1].message if self.statuses else ""
+
+    def wait_state(self, *states: str) -> None:
+        wait_for(lambda: self.value("state") in states, 15, f"{states}, not {self.reason}", poll_s=0.01)
+
+    def wait_let_go(self, count: int) -> None:
+        wait_for(lambda: self.arms.let_go == count and not self.arms.lease.holder, 10, "let go")
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with Graph() as graph:
+        rig = Rig(graph, write_robot(tmp_path))
+        try:
+            wait_for(lambda: rig.value("difference_rad") == "0.000", 20, "leaders and arms")
+            yield rig
+        finally:
+            rig.gello.close()
+
+
+def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
+    assert not rig.call("pause")[0]  # nothing to pause
+    assert not rig.arms.messages
+    rig.start()
+    rig.wait_state("FOLLOWING")
+    rig.gello.joints = {arm: HOME + 0.05 for arm in ARMS}
+    rig.gello.opening["left"] = 0.25
+    there = np.tile(HOME + 0.05, 2)
+    wait_for(lambda: np.abs(rig.arms.chunks[-1][1].joints[-1] - there).max() < 0.003, 10, "there")
+    wait_for(lambda: np.allclose(rig.arms.chunks[-1][1].grippers[-1], [0.25, 1.0]), 10, "hand")
+    accepted, chunk = rig.arms.chunks[-1]
+    assert chunk.t0 < accepted < chunk.end and chunk.rate_hz == pytest.approx(25.0)
+    assert rig.call("pause") == (True, "paused: ~/start or ~/pause couples again")
+    rig.wait_let_go(1)
+    assert rig.value("state") == "PAUSED"
+    rig.gello.joints = {arm: HOME + 0.4 for arm in ARMS}
+    wait_for(lambda: float(rig.value("difference_rad")) > 0.35, 10, "the leader gone")
+    done, text = rig.call("pause")
+    assert not done and "rad from its leader, limit 0.3" in text and rig.value("state") == "PAUSED"
+    rig.gello.joints = {arm: HOME.copy() for arm in ARMS}
+    wait_for(lambda: rig.call("pause")[0], 10, "coupled again")
+    rig.wait_state("FOLLOWING")
+    assert rig.call("stop")[0]
+    rig.wait_let_go(2)
+    assert rig.value("state") == "OFF" and rig.arms.rejected == ""
+
+
+def test_a_silent_leader_a_jump_and_nan_let_the_arms_go_and_need_a_new_start(rig):
+    def spoil(joints=None):
+        rig.gello.joints["right"] = joints
+
+    cases = [
+        (lambda: setattr(rig.gello, "running", False), "leader lost"),
+        (lambda: spoil(HOME + 1.0), "jumped by 1.00 rad"),
+        (lambda: spoil(np.full(7, math.nan)), "not finite"),
+    ]
+    for count, (fault, text) in enumerate(cases, 1):
+        rig.start()
+        rig.wait_state("FOLLOWING")
+        fault()
+        rig.wait_state("LOST")
+        assert text in rig.reason
+        rig.wait_let_go(count)
+        rig.gello.running, rig.gello.joints["right"] = True, HOME.copy()
+        wait_for(lambda: rig.value("leaders") == "left ok, right ok", 10, "leaders")
+        sent = len(rig.arms.messages)
+        time.sleep(0.2)
+        assert len(rig.arms.messages) == sent and rig.value("state") == "LOST"
+
+
+def test_a_wall_clock_that_jumps_moves_nothing(rig):
+    rig.start()
+    rig.wait_state("FOLLOWING")
+    for rig.gello.stamp_offset_s in (3600.0, -7200.0, 0.0):
+        time.sleep(0.4)
+        assert rig.value("state") == "FOLLOWING", rig.reason
+    for _, chunk in rig.arms.chunks:
+        np.testing.assert_allclose(chunk.joints, np.tile(HOME, (len(chunk), 2)), atol=1e-6)
+
+
+def test_faults_and_refusals_of_the_arms_end_it_with_their_reason(rig):
+    rig.start()
+    rig.wait_state("FOLLOWING")
+    rig.arms.refuse = ("holding", "left hand 0.001 m from the table")
+    rig.wait_state("LOST")
+    assert "left hand 0.001 m from the table" in rig.reason
+    rig.arms.refuse = None
+    rig.wait_let_go(1)
+    rig.start()
+    rig.wait_state("FOLLOWING")
+    rig.graph.do(lambda: rig.arms.fail("reflex of the left arm"))
+    rig.wait_state("LOST")
+    assert "reflex of the left arm; /arms/recover, then ~/start" in rig.reason
+    done, text = rig.call("start")
+    assert not done and "reflex of the left arm" in text
+    rig.graph.do(rig.arms.recover)
+    rig.start()
+    rig.wait_state("FOLLOWING")
+
+
+def test_another_holder_keeps_the_arms(rig):
+    rig.graph.do(lambda: rig.arms.lease.acquire(time.monotonic() + 30.0))
+    done, text = rig.call("start")
+    assert not done and "another commander holds the lease" in text
+    assert rig.value("state") == "OFF" and not rig.arms.chunks
+
+
+def test_a_robot_without_its_leader_is_refused(tmp_path):
+    with Graph() as graph:
+        overrides = [
+            Parameter("robot", value=write_robot(tmp_path)),
+            Parameter("teleop", value="gello_single"),
+        ]
+        with pytest.raises(ConfigError, match="no leader for the left arm"):
+            TeleopNode(context=graph.context, parameter_overrides=overrides)
+
+
+# --- bring-up
+
+
+def test_the_graph_has_leaders_in_place_of_a_policy():
+    def names(given):
+        return [p.name for p in bringup.describe("teleop", given).processes]
+
+    assert names({}) == ["camera", "arms", "teleop"]
+    assert names({"robot": "sim_bimanual"}) == ["simulator", "camera", "arms", "teleop"]
+    single = {"robot": "sim_single", "teleop": "gello_single", "with_camera": "no"}
+    assert names(single) == ["simulator", "arms", "teleop"]
+    argv = bringup.describe("teleop", single).processes[-1].argv()
+    assert 'teleop:="gello_single"' in argv and 'robot:="sim_single"' in argv
+    with pytest.raises(ConfigError, match="gello_single has no leader for the left arm"):
+        names({"teleop": "gello_single"})
+    with pytest.raises(ConfigError, match="unknown argument 'server'"):
+        names({"server": "tcp://127.0.0.1:5555"})
