@@ -104,7 +104,9 @@ def measure(found: Sequences) -> dict[str, dict]:
     With demonstrations also `demonstration_error`, the mean absolute difference from them.
     """
     shown = found.positions.get("demonstrated")
-    limit = measures.spike_limit(shown or [e for every in found.positions.values() for e in every])
+    limit = measures.spike_limit(
+        shown or [e for every in found.positions.values() for e in every], found.rate_hz
+    )
     out = {
         name: measures.measure(episodes, found.rate_hz, limit, found.joints)
         for name, episodes in found.positions.items()

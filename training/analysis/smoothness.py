@@ -9,7 +9,7 @@ from training.analysis.arrays import AnalysisError, finite
 
 LEAST = 8  # actions
 SPIKE = 6.0  # robust deviations
-_FLOOR = 1e-3  # rad or opening: smaller departures are no spikes, whatever the demonstrations' scale
+ACCELERATION = 10.0  # rad/s^2, what an FR3 allows every joint (Franka Robotics, FCI documentation)
 
 
 def stitch(chunks: np.ndarray, execute: int, length: int | None = None) -> np.ndarray:
@@ -31,10 +31,12 @@ def departures(positions: np.ndarray) -> np.ndarray:
     return positions[1:-1] - (positions[:-2] + positions[2:]) / 2
 
 
-def spike_limit(references: list[np.ndarray]) -> np.ndarray:
-    """From what departure [D] on an action is a spike: SPIKE robust deviations of the references' own."""
+def spike_limit(references: list[np.ndarray], rate_hz: float) -> np.ndarray:
+    """From what departure [D] on an action is a spike: SPIKE robust deviations of the references' own, and an
+    acceleration of at least ACCELERATION.
+    """
     every = np.concatenate([departures(positions) for positions in references])
-    return SPIKE * np.maximum(1.4826 * np.median(np.abs(every), axis=0), _FLOOR / SPIKE)
+    return np.maximum(SPIKE * 1.4826 * np.median(np.abs(every), axis=0), ACCELERATION / (2 * rate_hz**2))
 
 
 def spikes(positions: np.ndarray, limit: np.ndarray) -> np.ndarray:

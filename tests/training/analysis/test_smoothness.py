@@ -42,7 +42,7 @@ def test_jerk_of_a_cubic_is_its_third_derivative():
 
 def test_a_bin_flip_is_a_spike_and_the_reach_has_none():
     path = reach()
-    limit = spike_limit([path])
+    limit = spike_limit([path], 15.0)
     flipped = path.copy()
     flipped[40, 1] += 0.05
     assert not spikes(path, limit).any()
@@ -52,7 +52,7 @@ def test_a_bin_flip_is_a_spike_and_the_reach_has_none():
 def test_quantised_actions_measure_rougher_than_the_ones_they_come_from():
     smooth = reach()
     binned = np.round(smooth / 0.05) * 0.05
-    a, b = (measure([path], 15.0, spike_limit([smooth])) for path in (smooth, binned))
+    a, b = (measure([path], 15.0, spike_limit([smooth], 15.0)) for path in (smooth, binned))
     assert b["jerk_rms"] > 100 * a["jerk_rms"]
     assert a["spikes_per_100_actions"] == 0 < b["spikes_per_100_actions"]
     assert b["spectral_arc_length"] < a["spectral_arc_length"] - 1
@@ -61,7 +61,7 @@ def test_quantised_actions_measure_rougher_than_the_ones_they_come_from():
 
 def test_grippers_count_for_spikes_only():
     path = np.column_stack([reach(dimensions=1), (np.arange(120) > 60).astype(float)])
-    limit, joints = spike_limit([path]), np.array([True, False])
+    limit, joints = spike_limit([path], 15.0), np.array([True, False])
     found = measure([path], 15.0, limit, joints)
     assert found["jerk_rms"] == pytest.approx(measure([path[:, :1]], 15.0, limit[:1])["jerk_rms"])
     assert found["spikes_by_dimension"][1] > 0
