@@ -51,7 +51,11 @@ class Arguments(Strict):
     )
     teleop: str | None = Field(None, description="file in config/teleop, or a path to one")
     with_camera: Literal["yes", "no"] = Field("yes", description="no: only the arms and their leaders")
-    task: str | None = Field(None, description="instruction for the policy")
+    task: str | None = Field(None, description="instruction for the policy, or what is demonstrated")
+    dataset: str | None = Field(
+        None, description="also record demonstrations to this folder; empty: no recorder"
+    )
+    target: int | None = Field(None, description="episodes the dataset shall have in the end")
     preset: Literal["3.5hz", "7hz", "22hz"] | None = Field(
         None,
         description="a protocol of the paper; rate, replan_after, mode and anchor go before it",
@@ -72,7 +76,7 @@ class Arguments(Strict):
     )
 
 
-_TELEOP_ARGUMENTS = ("teleop", "with_camera")
+_TELEOP_ARGUMENTS = ("teleop", "with_camera", "dataset", "target")
 _ROBOT_ARGUMENTS = tuple(
     name
     for name in Arguments.model_fields
@@ -83,7 +87,7 @@ ARGUMENTS: Mapping[Kind, tuple[str, ...]] = {
     "single": ("robot_ip", *_ROBOT_ARGUMENTS),
     "teleop": (
         *("robot", "left_ip", "right_ip", *_TELEOP_ARGUMENTS, "camera", "camera_path"),
-        *("seed", "run_dir", "discovery"),
+        *("task", "seed", "run_dir", "discovery"),
     ),
     "policy_server": ("policy", "bind", "keys"),
 }
@@ -160,7 +164,7 @@ def arguments(kind: Kind, given: Mapping[str, Any]) -> Arguments:
         if key not in ARGUMENTS[kind]:
             raise ConfigError(f"{kind}: unknown argument {key!r}; known: {', '.join(ARGUMENTS[kind])}")
     data = {**DEFAULTS[kind], **data}
-    for key in ("replan_after", "seed"):  # launch gives text
+    for key in ("replan_after", "seed", "target"):  # launch gives text
         if isinstance(data.get(key), str) and data[key].isdigit():
             data[key] = int(data[key])
     return parse(Arguments, data, f"{kind} argument")
@@ -202,7 +206,18 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
         extra = {**quiet, **(rendering if name == "camera" else {})}
         parameters = {**common, "teleop": said.teleop} if name == "teleop" else common
         processes.append(Process(name, f"vipra_ros.nodes.{name}", f"vipra_{name}", (), parameters, extra))
+    if said.dataset:
+        processes.append(_recorder(said, common, quiet))
     return Graph(tuple(processes), {"ROS_AUTOMATIC_DISCOVERY_RANGE": said.discovery}, robot)
+
+
+def _recorder(said: Arguments, common: Mapping[str, Any], environment: Mapping[str, str]) -> Process:
+    if said.with_camera == "no":
+        raise ConfigError("dataset: recording needs the camera: leave with_camera out")
+    wanted = {"dataset": said.dataset, "task": said.task, "target": said.target}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    parameters = {**common, **given}
+    return Process("recorder", "vipra_ros.nodes.recorder", "vipra_recorder", (), parameters, environment)
 
 
 def _check_leaders(robot: Robot, said: Arguments) -> None:
@@ -299,14 +314,19 @@ def running(graph: Graph, logs: Path, environment: Mapping[str, str] | None = No
         stop_all(children)
 
 
-def launch_description(kind: Kind):
-    """The graph for `ros2 launch`: arguments declared, processes in order, all stopped when one ends."""
+def launch_description(kind: Kind, **defaults: str):
+    """The graph for `ros2 launch`: arguments declared, processes in order, all stopped when one ends.
+
+    defaults: of arguments, instead of the kind's.
+    """
     from launch import LaunchDescription
     from launch.actions import DeclareLaunchArgument, OpaqueFunction
     from launch.substitutions import LaunchConfiguration
 
     declared = [
-        DeclareLaunchArgument(name, default_value=default, description=description, choices=choices)
+        DeclareLaunchArgument(
+            name, default_value=defaults.get(name, default), description=description, choices=choices
+        )
         for name, default, description, choices in launch_arguments(kind)
     ]
 

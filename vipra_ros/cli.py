@@ -90,6 +90,22 @@ def gello(context: typer.Context):
     raise typer.Exit(run(context.args))
 
 
+@app.command(context_settings=_FORWARD)
+def record(context: typer.Context):
+    """Record demonstrations: vipra record FOLDER --task "stack the cups" (keys: vipra record --help)."""
+    from vipra_ros.recording.cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
+def dataset(context: typer.Context):
+    """Look after recorded demonstrations: vipra dataset check|stats|view|merge|replay."""
+    from vipra_ros.dataset_cli import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 @app.command()
 def up(
     kind: Annotated[

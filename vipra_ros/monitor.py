@@ -17,7 +17,7 @@ from std_srvs.srv import Trigger
 
 from vipra_ros.process import ProcessError
 
-NODES = ("arms", "policy", "teleop")
+NODES = ("arms", "policy", "teleop", "recorder")
 FRONT_CAMERA = "/front_camera"
 
 

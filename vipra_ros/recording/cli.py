@@ -1,0 +1,149 @@
+"""`vipra record`: the operator's keyboard in front of the recorder node."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from vipra_ros.recording.keyboard import HELP, raw_keys, read_key, verb
+
+EPILOG = f"""\
+Camera, arms and leaders have to run:  vipra up teleop robot:=sim_single --start
+Then, in another terminal:             vipra record recordings/cups --task "stack the red cup on the blue cup"
+
+Keys: {HELP}
+A foot pedal that types a space starts and stops. Record 100 to 200 demonstrations a task: docs/recording.md.
+Without a folder, the recorder that runs already is used (vipra up teleop ... dataset:=FOLDER).
+"""
+_READY_S = 60.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 at the end; raises ProcessError where the recorder cannot be reached."""
+    parser = argparse.ArgumentParser(
+        prog="vipra record",
+        description="Record demonstrations to a LeRobotDataset; an existing one is continued.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", nargs="?", type=Path, metavar="FOLDER", help="dataset to write")
+    parser.add_argument("--task", default="", help="what is demonstrated, in words")
+    parser.add_argument("--target", type=int, default=200, help="episodes wanted (default: %(default)s)")
+    parser.add_argument(
+        "--robot", default="sim_bimanual", help="file in config/robots (default: %(default)s)"
+    )
+    parser.add_argument("--keep-clean", action="store_true", help="keep at once what has no warning")
+    parser.add_argument("--raw", action="store_true", help="also every message as MCAP")
+    said = parser.parse_args(argv)
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    from vipra_ros.monitor import Monitor
+    from vipra_ros.process import Child, ProcessError, signals_raise, wait_for
+    from vipra_ros.up import run_folder
+
+    child = None
+    with Monitor() as monitor:
+        try:
+            with signals_raise():
+                if said.dataset:
+                    parameters = {
+                        "robot": said.robot,
+                        "dataset": str(said.dataset),
+                        "task": said.task,
+                        "target": said.target,
+                        "keep_clean": said.keep_clean,
+                        "raw": said.raw,
+                    }
+                    child = Child("recorder", command(parameters), run_folder("record") / "recorder.log")
+                children = [child] if child else []
+                hint = (
+                    "the recorder" if child else "a running recorder (or name a folder: vipra record FOLDER)"
+                )
+                wait_for(
+                    lambda: monitor.status("recorder"), _READY_S if child else 5.0, hint, children, child
+                )
+                return run(monitor, children)
+        except KeyboardInterrupt:
+            return 0
+        except ProcessError as error:
+            refused = child.find(r"^recorder: (.*)$") if child and child.returncode() else None
+            if refused:
+                raise ProcessError(refused[1]) from error
+            raise
+        finally:
+            if child:
+                child.stop(30.0)
+
+
+def command(parameters: Mapping[str, object]) -> list[str]:
+    """Command line of the recorder node."""
+    from vipra_ros.bringup import Process
+
+    return Process("recorder", "vipra_ros.nodes.recorder", "vipra_recorder", (), parameters).argv()
+
+
+def run(monitor, children=()) -> int:
+    """Until q: keys to services, the recorder's state to one live line."""
+    from vipra_ros.monitor import CallFailed
+
+    say(HELP)
+    told, quitting = "", False
+    with raw_keys():
+        while True:
+            for child in children:
+                child.check()
+            status = monitor.status("recorder")
+            values = status.values
+            if values["message"] != told:
+                told = values["message"]
+                say(told)
+            show(line(values))
+            key = read_key(0.1)
+            if not key:
+                continue
+            asked = verb(key, values["state"])
+            if asked == "quit":
+                if key == "\x04" or quitting or values["state"] == "IDLE":
+                    show("")
+                    return 0
+                quitting = True
+                say(f"an episode is {values['state'].lower()}: keep it first, or press q again to drop it")
+                continue
+            quitting = False
+            if asked is None:
+                say(f"{key!r} does nothing now ({values['state']}): {HELP}")
+                continue
+            try:
+                told = monitor.call(f"/recorder/{asked}", 5.0)
+                say(told)
+            except CallFailed as error:
+                say(str(error).removeprefix(f"/recorder/{asked}: "))
+
+
+def line(values: Mapping[str, str]) -> str:
+    """The live line of the recorder's status."""
+    parts = [f"{values['count']}/{values['target']}", values["state"]]
+    if values["state"] in ("RECORDING", "PAUSED"):
+        parts.append(f"{float(values['length_s']):.1f} s")
+    if float(values["last_length_s"]):
+        parts.append(f"last {float(values['last_length_s']):.1f} s")
+    parts.append(f"sync p99 {float(values['sync_p99_ms']):.1f} ms")
+    if values["repeated"] != "0":
+        parts.append(f"{values['repeated']} pictures lost")
+    if values["warnings"]:
+        parts.append(f"! {values['warnings']}")
+    return "  ".join(parts)
+
+
+def say(text: str) -> None:
+    """A line that stays."""
+    sys.stdout.write(f"\r\x1b[K{text}\n" if sys.stdout.isatty() else f"{text}\n")
+    sys.stdout.flush()
+
+
+def show(text: str) -> None:
+    """Replace the live line; nothing where the output is no terminal."""
+    if sys.stdout.isatty():
+        width = os.get_terminal_size().columns - 1
+        sys.stdout.write(f"\r\x1b[K{text[:width]}")
+        sys.stdout.flush()
