@@ -73,16 +73,31 @@ class Lockstep:
             paths[name] = (q0, q1, (q0 - before) / seconds, (q1 - q0) / seconds)
             self._targets[name] = (q1, q0)
         span = ticks * TICK_S
-        for tick in range(ticks):
-            if tick % REFERENCE_TICKS == 0:
-                s = (tick + REFERENCE_TICKS) / ticks
-                now = {name: _hermite(*path, min(s, 1.0), span) for name, path in paths.items()}
+        for tick in range(0, ticks, REFERENCE_TICKS):
+            s = (tick + REFERENCE_TICKS) / ticks
+            now = {name: _hermite(*path, min(s, 1.0), span) for name, path in paths.items()}
+            self._step(min(REFERENCE_TICKS, ticks - tick), now)
+        self.time_s += span
+        self.judge_now()
+
+    def follow(self, reference: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Let one tick of the 200 Hz reference pass; reference: positions [7] rad and velocities rad/s by arm.
+
+        Every arm must be named, and `judge_now` called now and then.
+        """
+        self._step(REFERENCE_TICKS, reference)
+        self.time_s += REFERENCE_TICKS * TICK_S
+
+    def judge_now(self) -> None:
+        """Let the judge see how things stand."""
+        self.judge.update(self.time_s, self.things(), self.tcp(self.trial.task.arm)[0])
+
+    def _step(self, ticks: int, reference: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        for _ in range(ticks):
             for name, arm in self.arms.items():
-                self._track(name, arm, *now[name])
+                self._track(name, arm, *reference[name])
                 arm._pre_step()
             mujoco.mj_step(self.model, self.data)
-        self.time_s += span
-        self.judge.update(self.time_s, self.things(), self.tcp(self.trial.task.arm)[0])
 
     def _track(self, name: str, arm: Arm, q: np.ndarray, dq: np.ndarray) -> None:
         """The joint impedance law; its torque changes by at most `max_delta_tau_nm` a millisecond."""

@@ -75,6 +75,14 @@ def analyze(context: typer.Context):
 
 
 @app.command(context_settings=_FORWARD)
+def evaluate(context: typer.Context):
+    """Trials of a policy with a report, or two reports compared: vipra evaluate TASK --policy ..."""
+    from vipra_ros.evaluate import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_FORWARD)
 def runs(context: typer.Context):
     """List and compare training runs."""
     from training.runs import main as run

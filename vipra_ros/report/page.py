@@ -54,7 +54,7 @@ def render(
     latency, error = report["chunk_latency_ms"], report["tracking_error_rad"]
     ticks = report["control_ticks"]
     late = report["late_ticks"]
-    cards = [
+    shown = [
         (f"{ticks:,}", "ticks of the 200 Hz reference"),
         (f"{late} ({late / max(ticks, 1):.2%})", "late by more than 5 ms"),
         (report["starved_ticks"], "starved: no action due"),
@@ -69,17 +69,15 @@ def render(
     rows += [("camera", f"{_text(report['frames_per_second'])} frames/s")]
     rows += [("note", note) for note in notes]
     parts = [
-        f"<h1>{_esc(title)}<span class=badge style='background:{colour}'>{verdict}</span></h1>",
-        f"<p class=dim>{_esc(when)}</p>",
-        f"<p style='color:var(--bad)'>{_esc(problem)}</p>" if problem else "",
-        "<div class=cards>",
-        *(f"<div class=card><b>{_esc(value)}</b><span>{_esc(label)}</span></div>" for value, label in cards),
-        "</div>",
+        f"<h1>{esc(title)}<span class=badge style='background:{colour}'>{verdict}</span></h1>",
+        f"<p class=dim>{esc(when)}</p>",
+        f"<p style='color:var(--bad)'>{esc(problem)}</p>" if problem else "",
+        cards(shown),
     ]
     if video or stills:
         parts.append("<h2>Front camera</h2>")
     if video:
-        parts.append(f"<video src='{_esc(video)}' controls muted loop playsinline></video>")
+        parts.append(f"<video src='{esc(video)}' controls muted loop playsinline></video>")
     if stills:
         pictures = (
             f"<img src='data:image/jpeg;base64,{_b64(still)}' alt='front camera'>" for still in stills
@@ -87,24 +85,37 @@ def render(
         parts += ["<div class=stills>", *pictures, "</div>"]
     for heading, plot in plots:
         parts.append(
-            f"<h2>{_esc(heading)}</h2><img class=plot alt='{_esc(heading)}' "
+            f"<h2>{esc(heading)}</h2><img class=plot alt='{esc(heading)}' "
             f"src='data:image/png;base64,{_b64(plot.read_bytes())}'>"
         )
-    parts += ["<h2>Details</h2>", _table(rows), "<h2>Settings</h2>", _table(settings.items())]
-    parts += ["<h2>Versions</h2>", _table(report["versions"].items())]
-    path.write_text(
+    parts += ["<h2>Details</h2>", table(rows), "<h2>Settings</h2>", table(settings.items())]
+    parts += ["<h2>Versions</h2>", table(report["versions"].items())]
+    path.write_text(document(title, parts))
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page in this style; `parts` are HTML, `title` is text."""
+    return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<meta name=viewport content='width=device-width'><title>{_esc(title)}</title>"
+        f"<meta name=viewport content='width=device-width'><title>{esc(title)}</title>"
         f"<style>{_STYLE}</style><main>{''.join(parts)}</main></html>\n"
     )
 
 
-def _table(rows) -> str:
-    body = "".join(f"<tr><td>{_esc(key)}</td><td>{_esc(value)}</td></tr>" for key, value in rows)
+def cards(rows: Sequence[tuple[object, str]]) -> str:
+    """(value, label) as a row of cards."""
+    body = (f"<div class=card><b>{esc(value)}</b><span>{esc(label)}</span></div>" for value, label in rows)
+    return f"<div class=cards>{''.join(body)}</div>"
+
+
+def table(rows) -> str:
+    """(key, value) rows."""
+    body = "".join(f"<tr><td>{esc(key)}</td><td>{esc(value)}</td></tr>" for key, value in rows)
     return f"<table>{body}</table>"
 
 
-def _esc(value) -> str:
+def esc(value) -> str:
+    """Text, or JSON of a list or map, safe in HTML."""
     if isinstance(value, (dict, list)):
         value = json.dumps(value)
     return html.escape(str(value), quote=True)

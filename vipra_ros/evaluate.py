@@ -1,0 +1,195 @@
+"""`vipra evaluate`: trials of a policy, their statistics and a report; comparison of two reports."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from config.embodiment import Embodiment
+from config.loading import ConfigError, load
+from config.robot import PRESETS, Robot
+from config.robot import PolicyClient as PolicyConfig
+from config.task import Task
+from vipra_ros.evaluation import report as reports
+from vipra_ros.evaluation.compare import compare
+from vipra_ros.evaluation.ledger import Key, Ledger, write_atomically
+
+EXPERT = "expert"
+CACHE = Path.home() / ".cache" / "vipra_ros"
+_EPILOG = """
+  vipra evaluate stack_cups --policy checkpoints/mine --seeds 1000:1050 --split unseen --out runs/mine
+      50 trials in simulation; interrupted, the same command goes on where it was
+  vipra evaluate stack_cups --policy expert --seeds 0:50 --out runs/expert
+      what the scripted expert, which sees everything, reaches
+  vipra evaluate --compare runs/mine runs/scratch --out runs/mine_against_scratch
+      paired test on the same trials
+  vipra evaluate stack_cups --operator --policy mine --trials 24 --out runs/robot
+      at the robot: the graph runs (vipra up), the policy is served, you set up and score (docs/evaluation.md)
+
+Report: OUT/report.html, OUT/report.json, OUT/contact.png; videos and trajectories in OUT/trials.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`vipra evaluate`; 0 when every trial counts. Raises our own errors."""
+    parser = argparse.ArgumentParser(
+        prog="vipra evaluate",
+        description=__doc__.partition(": ")[2],
+        epilog="Examples:" + _EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", nargs="?", metavar="TASK", help="file in config/tasks, or its path")
+    parser.add_argument(
+        "--policy",
+        metavar="WHICH",
+        help="checkpoint folder, file in config/policies, address of a running server (tcp://...), or expert",
+    )
+    parser.add_argument("--seeds", type=_seeds, metavar="A:B", help="trials A to B - 1")
+    parser.add_argument("--split", choices=("seen", "unseen", "both"), default="seen")
+    parser.add_argument("--out", type=Path, help="folder of the report; an evaluation there goes on")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="a protocol of the paper; default: asynchronous, 7 of 14, at the demonstrations' rate",
+    )
+    parser.add_argument(
+        "--lockstep",
+        action="store_true",
+        help="simulation that waits for the policy (the default, named): repeatable bit for bit",
+    )
+    parser.add_argument(
+        "--latency-ms", type=float, default=100.0, help="lockstep: simulated time an inference takes (100)"
+    )
+    parser.add_argument("--robot", help="file in config/robots; default: sim_<the task's workcell>")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="instead of the task's")
+    parser.add_argument("--no-video", action="store_true", help="lockstep: no mp4 a trial")
+    parser.add_argument("--operator", action="store_true", help="at the robot: you set up, start and score")
+    parser.add_argument("--trials", type=int, metavar="N", help="operator: how many")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two reports of the same trials"
+    )
+    given = parser.parse_args(argv)
+    if given.compare:
+        return _compare(*given.compare, given.out)
+    for name in ("task", "policy", "out", "trials" if given.operator else "seeds"):
+        if getattr(given, name) is None:
+            parser.error(f"{'TASK' if name == 'task' else '--' + name} is missing")
+    task = load(Task, given.task)
+    limit_s = given.time_limit or task.time_limit_s
+    if not 0 < limit_s <= 600:
+        parser.error(f"--time-limit {limit_s:g}: must be above 0 and at most 600 s")
+    if given.operator:
+        from vipra_ros.evaluation.live import run
+
+        return run(task, given.policy, given.trials, given.split, limit_s, given.out)
+    if not 0 <= given.latency_ms <= 5000:
+        parser.error(f"--latency-ms {given.latency_ms:g}: 0 to 5000")
+    splits = ("seen", "unseen") if given.split == "both" else (given.split,)
+    wanted = [Key(split, seed) for split in splits for seed in given.seeds]
+    from vipra_ros.process import signals_raise
+
+    with signals_raise():
+        return _lockstep(task, given, limit_s, wanted)
+
+
+def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: list[Key]) -> int:
+    import simulation.render  # noqa: F401  first: it chooses the renderer before MuJoCo is imported
+    from vipra_ros.evaluation import served
+    from vipra_ros.evaluation.lockstep import Stage
+
+    robot = load(Robot, given.robot or f"sim_{task.workcell}")
+    if not robot.simulation or robot.workcell != task.workcell:
+        raise ConfigError(
+            f"{given.robot} has workcell {robot.workcell}{'' if robot.simulation else ', not simulated'}: "
+            f"{task.name} needs a simulated robot in workcell {task.workcell}"
+        )
+    settings = {
+        "task": task.name,
+        "policy": given.policy,
+        "time_limit_s": limit_s,
+        "trials": "lockstep simulation",
+        "robot": given.robot or f"sim_{task.workcell}",
+    }
+    stage = Stage(robot, CACHE)
+    try:
+        if given.policy == EXPERT:
+            settings["trials"] = "scripted expert in lockstep simulation"
+            ledger = Ledger(given.out, settings)
+            served.run_expert(stage, task, ledger, wanted, limit_s, not given.no_video, _say)
+        else:
+            policy = policy_of(robot, given.preset, given.latency_ms)
+            shown = policy.model_dump(
+                include={"mode", "anchor", "action_rate_hz", "replan_after", "min_cycle_s"}
+            )
+            settings |= shown | {"preset": given.preset, "latency_ms": given.latency_ms}
+            ledger = served.run_policy(
+                stage,
+                task,
+                given.policy,
+                policy,
+                given.out,
+                settings,
+                wanted,
+                limit_s,
+                not given.no_video,
+                _say,
+            )
+    finally:
+        stage.close()
+    report = reports.write(ledger, read_settings(given.out), notes(task, settings))
+    _say(f"{reports.in_one_line(report)}; report: {given.out / 'report.html'}")
+    return 0
+
+
+def policy_of(robot: Robot, preset: str | None, latency_ms: float) -> PolicyConfig:
+    """How chunks are asked for and played: the preset's, or 7 of 14 at the demonstrations' rate."""
+    rate = load(Embodiment, robot.embodiment).rate_hz
+    changes = PRESETS.get(preset) or {"action_rate_hz": rate, "replan_after": 7, "mode": "asynchronous"}
+    return robot.policy.model_copy(update={**changes, "inject_latency_ms": latency_ms})
+
+
+def read_settings(folder: Path) -> dict:
+    return json.loads((folder / "settings.json").read_text())
+
+
+def notes(task: Task, settings: dict) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    text = [
+        "Simulated: MuJoCo contact, a rendered camera. The policy's side, the chunks' timing and the safety "
+        "checks are those of the robot.",
+        f"Success: {task.protocol.scoring}",
+    ]
+    if settings["policy"] == EXPERT:
+        text[0] = "Simulated. The scripted expert knows where everything is: an upper bound, not a policy."
+    return text
+
+
+def _compare(a: Path, b: Path, out: Path | None) -> int:
+    comparison = compare(a, b)
+    _say(reports.comparison_line(comparison))
+    for name, only in zip(comparison.names, (comparison.only_a, comparison.only_b), strict=True):
+        _say(f"  only {name} succeeded: {', '.join(only) or 'none'}")
+    for note in comparison.notes:
+        _say(f"  differs: {note}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "comparison.json", json.dumps(asdict(comparison), indent=2) + "\n")
+        write_atomically(out / "comparison.html", reports.comparison_page(comparison))
+        _say(f"comparison: {out / 'comparison.html'}")
+    return 0
+
+
+def _seeds(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if colon and first.isdigit() and last.isdigit() and int(first) < int(last):
+        return range(int(first), int(last))
+    raise argparse.ArgumentTypeError(f"{text!r} is not A:B with A below B, such as 0:50")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

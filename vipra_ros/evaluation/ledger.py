@@ -1,0 +1,171 @@
+"""Which trials are done and what came of them: one small file a trial, written whole or not at all.
+
+DIR/settings.json               what is evaluated; an evaluation goes on only under the same settings
+DIR/trials/seen-0012.json       a Result, written last: a trial counts once this is there
+DIR/trials/seen-0012.npz .mp4 .jpg
+DIR/void.jsonl                  trials that do not count, and why
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+GIVE_UP = 3  # attempts at one trial
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation cannot go on; the message says why and what to do."""
+
+
+class Void(RuntimeError):
+    """The trial says nothing about the policy and is repeated: the server died, say."""
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One trial of an evaluation. At the robot the seed is its number in the operator's list."""
+
+    split: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.split}-{self.seed:04d}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a trial. `partial`: the right object was grasped, which every success includes."""
+
+    seed: int
+    split: str
+    success: bool
+    partial: bool
+    seconds: float  # to the success, or to the end
+    interventions: int  # safety holds and faults in simulation, the operator's at the robot
+    ended: str  # success, time limit, expert finished, operator, aborted, or stopped: why
+    instruction: str = ""
+    wrong_object: bool = False  # another object was lifted first
+    drops: int = 0  # the object was lifted and came down beside its place: each makes a retry
+    jerk_rms: float | None = None  # rad/s^3
+    spectral_arc_length: float | None = None
+    chunks: int = 0  # executed, at least in part
+    refused: int = 0  # chunks that a safety check refused
+    limited: dict[str, int] = field(default_factory=dict)  # joint targets the safety checks changed, by kind
+    note: str = ""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.split, self.seed)
+
+
+class Ledger:
+    """The folder of one evaluation."""
+
+    def __init__(self, folder: Path, settings: dict):
+        """Raises EvaluationError, naming the difference, if `folder` holds another evaluation."""
+        self.folder, self.trials = Path(folder), Path(folder) / "trials"
+        self.trials.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if path.is_file():
+            for name, value in read_json(path).items():
+                if settings.get(name) != value:
+                    raise EvaluationError(
+                        f"{self.folder} holds an evaluation with {name} {value!r}, not "
+                        f"{settings.get(name)!r}: choose another --out, or the same settings to go on"
+                    )
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+
+    def file(self, key: Key, suffix: str) -> Path:
+        """The trial's video (".mp4"), trajectory (".npz"), last picture (".jpg") or result (".json")."""
+        return self.trials / f"{key}{suffix}"
+
+    def results(self) -> list[Result]:
+        """Trials that count, by split and seed. Raises EvaluationError for a file that is no result."""
+        found = []
+        for path in sorted(self.trials.glob("*.json")):
+            try:
+                found.append(Result(**read_json(path)))
+            except TypeError as error:
+                raise EvaluationError(
+                    f"{path} is no trial's result ({error}): delete it to repeat it"
+                ) from None
+        return sorted(found, key=lambda result: result.key)
+
+    def missing(self, wanted: Iterable[Key]) -> list[Key]:
+        """Of `wanted`, in order, those without a result."""
+        return [key for key in wanted if not self.file(key, ".json").is_file()]
+
+    def write(self, result: Result) -> None:
+        """From now on the trial counts."""
+        write_atomically(self.file(result.key, ".json"), json.dumps(asdict(result), indent=2) + "\n")
+
+    def reopen(self, key: Key) -> None:
+        """The trial no longer counts (an operator's wrong key); its video and trajectory stay."""
+        self.file(key, ".json").unlink(missing_ok=True)
+
+    def void(self, key: Key, reason: str) -> None:
+        """Note that an attempt does not count, and remove what it left."""
+        for suffix in (".npz", ".mp4", ".jpg"):
+            self.file(key, suffix).unlink(missing_ok=True)
+        with open(self.folder / "void.jsonl", "a") as file:
+            file.write(json.dumps({"split": key.split, "seed": key.seed, "reason": reason}) + "\n")
+
+    def voids(self) -> list[dict]:
+        """Attempts that do not count, oldest first."""
+        path = self.folder / "void.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run_trials(
+    ledger: Ledger,
+    wanted: Iterable[Key],
+    play: Callable[[Key], Result],
+    repair: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Play what is missing. A Void attempt is noted and repeated after `repair`; the others stand.
+
+    Raises EvaluationError after GIVE_UP void attempts at one trial.
+    """
+    for key in ledger.missing(wanted):
+        for attempt in range(1, GIVE_UP + 1):
+            try:
+                result = play(key)
+            except Void as error:
+                ledger.void(key, str(error))
+                tell(f"{key}: void: {error}")
+                if attempt == GIVE_UP:
+                    raise EvaluationError(
+                        f"{key} was void {GIVE_UP} times, the last time because {error}; the trials before "
+                        "it are kept: repair it and give the same command again"
+                    ) from error
+                repair()
+            else:
+                ledger.write(result)
+                outcome = "success" if result.success else "partial" if result.partial else "fail"
+                tell(f"{key}: {outcome} after {result.seconds:.1f} s ({result.ended})")
+                break
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` holds the old content or all of the new, whenever this is interrupted."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict:
+    """Raises EvaluationError for a file that is missing or no JSON object."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise EvaluationError(f"{path} holds no JSON object")
+    return data
