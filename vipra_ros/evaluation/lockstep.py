@@ -115,9 +115,9 @@ class Stage:
     def world(self) -> Lockstep:
         return self._demonstrator.world
 
-    def picture(self, qpos: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] of the front camera."""
-        return self._painter.paint(qpos)
+    def picture(self) -> np.ndarray:
+        """uint8 [h, w, 3] of the front camera now."""
+        return self._painter.paint(self.world.data.qpos)
 
     def close(self) -> None:
         if self._painter is not None:
@@ -131,14 +131,13 @@ class Film:
     def __init__(self, stage: Stage, ledger: Ledger, key: Key, rate_hz: float, video: bool):
         self._stage, self._ledger, self._key, self._rate_hz = stage, ledger, key, rate_hz
         self._video = Video(ledger.file(key, ".mp4"), rate_hz) if video else None
-        self._picture: np.ndarray | None = None
         self._rows: list[tuple] = []
 
-    def add(self, picture: np.ndarray, commanded: dict[str, np.ndarray]) -> None:
-        """commanded: joints [7] rad and opening by arm, [8]."""
-        world, self._picture = self._stage.world, picture
+    def add(self, commanded: dict[str, np.ndarray], picture: np.ndarray | None = None) -> None:
+        """commanded: joints [7] rad and opening by arm, [8]; picture: drawn for the video if not given."""
+        world = self._stage.world
         if self._video is not None:
-            self._video.add(picture, world.time_s)
+            self._video.add(self._stage.picture() if picture is None else picture, world.time_s)
         things = world.things().values()
         self._rows.append(
             (
@@ -155,7 +154,7 @@ class Film:
         world = self._stage.world
         if self._video is not None:
             self._video.close()
-        self._ledger.file(self._key, ".jpg").write_bytes(jpeg(self._picture))
+        self._ledger.file(self._key, ".jpg").write_bytes(jpeg(self._stage.picture()))
         times, state, commanded, things, tcp = (np.array(column) for column in zip(*self._rows, strict=True))
         np.savez_compressed(
             self._ledger.file(self._key, ".npz"),
@@ -207,9 +206,9 @@ def play_policy(
             if world.time_s >= pictures * camera_s - 1e-9:
                 pictures += 1
                 world.judge_now()
-                picture = stage.picture(world.data.qpos)
+                picture = stage.picture()
                 commander.on_picture(picture, world.time_s)
-                film.add(picture, arms.commanded())
+                film.add(arms.commanded(), picture)
             if tick % ASK_EVERY == 0:
                 arms.report()
                 commander.tick()
@@ -221,7 +220,7 @@ def play_policy(
             world.follow(arms.step())
             tick += 1
         world.judge_now()
-        film.add(stage.picture(world.data.qpos), arms.commanded())
+        film.add(arms.commanded())
     except Void:
         film.abandon()
         raise
@@ -250,9 +249,7 @@ def play_expert(
     rate_hz = stage.demonstrator.rate_hz
     film, ended = Film(stage, ledger, key, rate_hz, video), "expert finished"
     for step in stage.demonstrator.play(trial, seed=0):
-        picture = stage.picture(world.data.qpos)
-        commanded = {a: np.append(q, step.action_openings[a]) for a, q in step.action_joints.items()}
-        film.add(picture, commanded)
+        film.add({arm: np.append(q, step.action_openings[arm]) for arm, q in step.action_joints.items()})
         if world.judge.success:
             break
         if world.time_s >= time_limit_s:
