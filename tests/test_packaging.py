@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NODES = ("vipra_camera", "vipra_arms", "vipra_policy", "vipra_policy_server", "vipra_simulator", "vipra")
-LAUNCH = {"bimanual.launch.py", "single_arm.launch.py", "policy_server.launch.py"}
+LAUNCH = {path.name for path in (ROOT / "launch").glob("*.launch.py")}
 
 
 @pytest.fixture(scope="module")
