@@ -22,7 +22,8 @@ APART_M = 0.13  # between cups
 MAX_RAD_S = 2.0
 _CUP_RADIUS, _FINGER_RADIUS = CUP[-1][1], 0.012
 _TOLERANCE_M = 0.012
-KINDS = ("reach", "pick", "push", "bowl")
+SHORT = ("reach", "pick", "push")
+KINDS = (*SHORT, "bowl")
 _LONGER = {"bowl": 1.5}
 
 
@@ -125,7 +126,7 @@ def draw(
 ) -> Motion:
     """A motion of `kind` (one of KINDS) of at least `steps` at `rate_hz`. Raises Unreachable."""
     steps = round(steps * _LONGER.get(kind, 1.0))
-    cups = [p.name for p in scene.props if p.kind == "cup"]
+    cups = [p.name for p in scene.props if p.kind == "cup" and p.name in places]
     bowls = [p.name for p in scene.props if p.kind == "bowl"]
     cup = cups[int(rng.integers(len(cups)))]
     side = 1.0 if rng.random() < 0.5 else -1.0

@@ -18,17 +18,16 @@ from config.embodiment import Embodiment
 from config.loading import load
 from config.robot import Robot
 from config.workcell import Workcell
-from episodes import layout
+from episodes import demonstration, layout
 from episodes.writer import Writer
 from policy_server.images import fit
 from simulation import render, workcell
 from simulation.experts import circles
 from training import motions
-from training.demonstrations import Demonstrations
 
 START_SPREAD_RAD = 0.08  # of an episode's first configuration about the cycle
-KINDS = ("circles", *motions.KINDS)
-CAMERA = "observation.images.front"
+KINDS = ("circles", *motions.KINDS, "both")
+TRUTH = "truth.places"  # where the hands' fingertips and the things are: m, world
 _SUPERSAMPLING = 3  # of the picture's height, before it is made small
 _TRIES = 200
 _CRF = 14  # the pictures are small: compression that suits a camera would blur them
@@ -52,46 +51,6 @@ def start(
     return {arm: q + rng.normal(0, START_SPREAD_RAD, 7) for arm, q in on_cycle.items()}
 
 
-def record(
-    robot: Robot, image_size: int, episodes: int, steps: int, seed: int, cache: Path
-) -> Demonstrations:
-    """`episodes` short episodes of `steps` frames at the embodiment's rate."""
-    scene, embodiment = load(Workcell, robot.workcell), load(Embodiment, robot.embodiment)
-    painter = render.Painter(scene, robot.camera.width, robot.camera.height, render.live_meshes(cache))
-    addresses = {arm: arm_addresses(painter.model, i) for i, arm in enumerate(scene.arms)}
-    homes = {arm: np.array(robot.arms[arm].home_rad) for arm in scene.arms}
-    tasks = tuple(task for task, arms in circles.TASKS.items() if set(arms) <= set(homes))
-    rng = np.random.default_rng(seed)
-    frames, states, actions, episode, task_index = [], [], [], [], []
-    for number in track(range(episodes), "episodes"):
-        task = number % len(tasks)
-        q = start(rng, homes, circles.TASKS[tasks[task]])
-        joints, openings = circles.rollout(
-            q, homes, tasks[task], steps + embodiment.horizon - 1, embodiment.rate_hz
-        )
-        vectors = np.stack([_dimension(name, joints, openings) for name in embodiment.names], -1)
-        workcell.place_props(painter.model, painter.data, scene, int(rng.integers(1 << 31)))
-        qpos = painter.data.qpos.copy()
-        for step in range(steps):
-            for arm, (joint_at, finger_at) in addresses.items():
-                qpos[joint_at] = joints[arm][step]
-                qpos[finger_at] = workcell.HAND_WIDTH / 2 * openings[arm][max(step - 3, 0)]
-            frames.append(fit(painter.paint(qpos), (image_size, image_size)))
-            states.append(vectors[step])
-            actions.append(vectors[step : step + embodiment.horizon])
-            episode.append(number)
-            task_index.append(task)
-    painter.close()
-    return Demonstrations(
-        frames=np.stack(frames),
-        states=np.array(states, np.float32),
-        actions=np.array(actions, np.float32),
-        episode=np.array(episode, np.int32),
-        task=np.array(task_index, np.int32),
-        tasks=tasks,
-    )
-
-
 @dataclass(frozen=True)
 class Episode:
     """One recording. T frames at the embodiment's rate, D dimensions in its order."""
@@ -100,6 +59,7 @@ class Episode:
     frames: np.ndarray  # uint8 RGB [T, s, s, 3]
     state: np.ndarray  # float32 [T, D], where arms and fingers are
     actions: np.ndarray  # float32 [T, D], where they are told to be
+    places: np.ndarray  # float32 [T, K], x, y, z in m of what `Studio.places` names
 
 
 class Studio:
@@ -142,13 +102,24 @@ class Studio:
         return self._film(task, joints, openings, seen, places, {}, rng)
 
     def _act(self, kind: str, places: dict[str, np.ndarray], steps: int, rng: np.random.Generator) -> Episode:
-        motion = motions.draw(self.scene, self._hands, places, kind, steps, self.embodiment.rate_hz, rng)
+        """One arm acts and the other stands still; `both`: each acts on a cup of its own."""
+        acts = [kind] if kind != "both" else list(rng.choice(motions.SHORT, 2))
+        hands, left, done = dict(self._hands), dict(places), []
+        for act in acts:
+            motion = motions.draw(self.scene, hands, left, act, steps, self.embodiment.rate_hz, rng)
+            hands = {arm: hand for arm, hand in hands.items() if arm != motion.arm}
+            left = {name: place for name, place in left.items() if name not in motion.things}
+            done.append(motion)
+        count = len(done[0].joints)
         still = {arm: home + rng.normal(0, 0.03, 7) for arm, home in self._homes.items()}
-        joints = {arm: np.tile(q, (len(motion.joints), 1)) for arm, q in still.items()}
-        openings = {arm: np.ones(len(motion.joints)) for arm in self._homes}
-        seen = {**openings, motion.arm: motion.opening}
-        joints[motion.arm], openings[motion.arm] = motion.joints, motion.command
-        return self._film(motion.task, joints, openings, seen, places, motion.things, rng)
+        joints = {arm: np.tile(q, (count, 1)) for arm, q in still.items()}
+        openings = {arm: np.ones(count) for arm in self._homes}
+        seen, moved = dict(openings), {}
+        for motion in done:
+            joints[motion.arm], openings[motion.arm] = motion.joints, motion.command
+            seen[motion.arm] = motion.opening
+            moved |= motion.things
+        return self._film(" and ".join(m.task for m in done), joints, openings, seen, places, moved, rng)
 
     def _film(
         self,
@@ -173,9 +144,12 @@ class Studio:
             for name, path in moving.items():
                 qpos[self._props[name] : self._props[name] + 3] = path[step]
             frames[step] = fit(self._painter.paint(qpos), (self._size, self._size))
+        centres = [[hand.pose(q)[0] for q in joints[arm]] for arm, hand in self._hands.items()]
+        centres += [moving.get(name, np.tile(places[name], (steps, 1))) for name in self._props]
         return Episode(
             task=task,
             frames=frames,
+            places=np.concatenate(centres, 1).astype(np.float32),
             state=np.stack([_dimension(n, joints, seen) for n in names], -1).astype(np.float32),
             actions=np.stack([_dimension(n, joints, openings) for n in names], -1).astype(np.float32),
         )
@@ -185,6 +159,12 @@ class Studio:
 
 
 _studio: Studio  # of a worker process
+
+
+def truth_names(scene: Workcell) -> list[str]:
+    """Names of `Episode.places`."""
+    centres = [f"{arm}_hand" for arm in scene.arms] + [prop.name for prop in scene.props]
+    return [f"{name}_{axis}" for name in centres for axis in "xyz"]
 
 
 def _open_studio(robot: Robot, image_size: int, cache: Path) -> None:
@@ -212,13 +192,12 @@ def write(
     Raises EpisodesError if the dataset there is another robot's, Unreachable if no motion fits in `steps`.
     """
     embodiment = load(Embodiment, robot.embodiment)
-    vector = layout.vector(embodiment.names)
-    features = {CAMERA: layout.camera(image_size, image_size), "observation.state": vector, "action": vector}
+    features = demonstration.features(embodiment.names, image_size, image_size)
+    features[TRUTH] = layout.vector(truth_names(load(Workcell, robot.workcell)))
     if (out / layout.INFO).is_file():
         writer = Writer(out, _CRF)
-        if layout.recorded(writer.info) != tuple(features) or writer.info["features"]["action"] != vector:
-            writer.close()
-            raise layout.EpisodesError(f"{out} holds other recordings: choose another folder")
+        rate = round(embodiment.rate_hz)
+        demonstration.check_same(out, writer.info, rate, embodiment.name, features)
     else:
         writer = Writer.create(
             out, round(embodiment.rate_hz), features, embodiment.name, video_file_mb=4, crf=_CRF
@@ -229,8 +208,16 @@ def write(
     context = multiprocessing.get_context("spawn")
     with writer, ProcessPoolExecutor(workers, context, _open_studio, (robot, image_size, cache)) as pool:
         for episode in track(pool.map(make, numbers), "episodes", total=len(numbers)):
-            for frame, state, action in zip(episode.frames, episode.state, episode.actions, strict=True):
-                writer.add({CAMERA: frame, "observation.state": state, "action": action}, episode.task)
+            for i, frame in enumerate(episode.frames):
+                row = {
+                    demonstration.CAMERA: frame,
+                    demonstration.STATE: episode.state[i],
+                    demonstration.ACTION: episode.actions[i],
+                    demonstration.CAPTURE: np.array([i / embodiment.rate_hz]),
+                    demonstration.SYNC: np.zeros(1, np.float32),
+                    TRUTH: episode.places[i],
+                }
+                writer.add(row, episode.task)
             writer.save()
 
 
@@ -246,28 +233,21 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=180)
     parser.add_argument("--steps", type=int, default=60, help="frames of an episode; long motions take more")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for lerobot, file for npz")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the LeRobotDataset")
     parser.add_argument(
-        "--format", choices=("npz", "lerobot"), default="npz", help="npz: circles only, for training.tiny"
+        "--kinds", nargs="+", choices=KINDS, help="motions, in turn (default: all that the arms can do)"
     )
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS),
-        help="lerobot: motions, in turn (default: all)",
-    )
-    parser.add_argument("--workers", type=int, default=2, help="lerobot: rendering processes")
+    parser.add_argument("--workers", type=int, default=2, help="rendering processes")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "vipra_ros", help="decimated meshes"
     )
     args = parser.parse_args()
     robot = load(Robot, args.robot)
-    run = (robot, args.image_size, args.episodes, args.steps, args.seed, args.cache)
-    if args.format == "npz":
-        record(*run).save(args.out)
-    else:
-        write(args.out, *run, tuple(args.kinds), args.workers)
+    kinds = args.kinds or [kind for kind in KINDS if kind != "both" or len(robot.arms) > 1]
+    write(
+        args.out, robot, args.image_size, args.episodes, args.steps, args.seed, args.cache, tuple(kinds),
+        args.workers,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Every stage at tiny size, in sequence, from simulated demonstrations to a policy that serves.
 
-    python -m training.tiny --out runs/train-tiny
+    python -m training.tiny --out runs/train-tiny        (make train-tiny)
 
-Simulated episodes (training.simulated) -> tokenizer -> latent actions -> labels -> pretraining ->
-finetuning, with the commands a user would type. `OUT/summary.json` holds what was measured,
-`OUT/policy` is the checkpoint. Run it again after an interruption: finished stages are kept.
+Simulated episodes (training.simulated), and other videos beside them -> tokenizer and latent actions (at the
+same time) -> labels -> pretraining -> finetuning, each by the command a user would type. `OUT/summary.json`
+holds what was measured on held-out simulated episodes, `OUT/policy` is the checkpoint. Run it again after an
+interruption: what is finished stays, and the stage that was cut off goes on.
 """
 
 import argparse
@@ -13,36 +14,104 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training import cli, label
+import numpy as np
+import torch
+import yaml
+
+from config.dataset import DatasetConfig, Mixture
+from config.loading import root
+from config.training import VALIDATION_SHARE
+from models.latent_action import folder as latent_folder
+from models.latent_action.model import LatentActionModel, to_clip
+from training.analysis.codes import codes_used
+from training.analysis.probe import probe_nmse
+from training.analysis.transitions import each_episode, read
+from training.data.augment import prepare
 from training.run import TrainingError, summary
 
-STAGES = ("tokenizer", "latent", "pretrain", "finetune")
+BRIDGE = root().parent / "shared" / "data" / "bridge_v2_sample"
+KINDS = ("both", "both", "both", "both", "circles")
+STRIDE = 9  # frames at 15 Hz: the pictures change by more than .02 on average
+SLOW = 3  # of the labels: 14 steps are 2.8 s
+CLIP = 6  # frames, as latent_tiny
+MOVED = 0.05  # a pixel that changes by more
+NAMES = {"tokenizer": "tokenizer", "latent": "latent", "pretrain": "pretrained", "finetune": "policy"}
 
 
 def done(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def simulate(robot: str, episodes: int, frames: int, seed: int, out: Path) -> None:
-    """A process of its own: MuJoCo's renderer and torch do not share one."""
-    if (out / "meta" / "info.json").is_file():
-        return
-    command = [sys.executable, "-m", "training.simulated", "--format", "lerobot", "--robot", robot]
-    command += ["--episodes", str(episodes), "--steps", str(frames), "--seed", str(seed), "--out", str(out)]
-    subprocess.run(command, check=True)
+def together(commands: list[list[str]]) -> None:
+    """Run commands of this project at the same time. Raises TrainingError when one fails."""
+    running = [subprocess.Popen([sys.executable, "-m", *command]) for command in commands]
+    try:
+        failed = [c for c, process in zip(commands, running, strict=True) if process.wait()]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if failed:
+        raise TrainingError(f"{' '.join(failed[0])} did not finish: run this again to go on")
 
 
-def measured(out: Path) -> dict[str, dict[str, float]]:
-    """First and last numbers of every stage, from the run folders."""
-    runs = {stage: summary(out / "runs" / stage) for stage in STAGES}
-    latent, (before, after) = runs["latent"][1], runs["pretrain"]
-    first, last = runs["finetune"]
+def datasets(demos: Path, videos: list[Path], strides: tuple[int, ...]) -> list[dict]:
+    found = [{"path": str(demos), "stride": stride, "weight": 2.0} for stride in strides]
+    return found + [{"path": str(video), "weight": 1.0} for video in videos]
+
+
+@torch.no_grad()
+def reconstruction(model: LatentActionModel, demos: Path) -> dict[str, float]:
+    """L1 on the pixels that change by more than MOVED, of held-out episodes at STRIDE: the model's, and
+    that of copying the last frame.
+    """
+    mixture = Mixture(
+        datasets=(DatasetConfig(path=str(demos), stride=STRIDE),), validation_share=VALIDATION_SHARE
+    )
+    sums, moving, change = np.zeros(2), 0.0, []
+    for _, _, episode in each_episode(mixture):
+        at = np.arange(0, episode.length, STRIDE)
+        frames = prepare(episode.frames(episode.views[0], at), model.config.image_size)
+        clip = to_clip(torch.from_numpy(frames)[None], model.config.image_size)
+        truth, last, drawn = clip[:, 1:], clip[:, :-1], model(clip).frames.clamp(0, 1)
+        moved = ((truth - last).abs().amax(2, keepdim=True) > MOVED).float()
+        sums += [float(((x - truth).abs().mean(2, keepdim=True) * moved).sum()) for x in (drawn, last)]
+        moving += float(moved.sum())
+        change.append(float((truth - last).abs().mean()))
     return {
-        "latent": {
-            "codes_used": latent["codes_used"],
-            "reconstruction_l1": latent["validation/reconstruction_moving"],
-            "copy_last_l1": latent["validation/copy_moving"],
-        },
+        "reconstruction_l1": sums[0] / moving,
+        "copy_last_l1": sums[1] / moving,
+        "mean_change": float(np.mean(change)),
+        "held_out_episodes": len(change),
+    }
+
+
+def measure_latent(out: Path) -> dict[str, float]:
+    """Of the latent action model: reconstruction and codes on held-out episodes; the probe over all
+    episodes, tested on those it was not fitted to.
+    """
+    model, _ = latent_folder.load(out / NAMES["latent"], "cpu")
+    demos = (DatasetConfig(path=str(out / "demonstrations"), stride=STRIDE),)
+    held = read(model, Mixture(datasets=demos, validation_share=VALIDATION_SHARE), CLIP, actions=None)
+    steps = read(model, Mixture(datasets=demos), CLIP)
+    nmse, shuffled = probe_nmse(steps.latents, steps.actions, steps.episodes)
+    found = reconstruction(model, out / "demonstrations")
+    return {"codes_used": codes_used(held.codes), **found, "probe_nmse": nmse, "shuffled_nmse": shuffled}
+
+
+def measured(out: Path) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """(what summary.json holds, what else was measured)."""
+    latent = measure_latent(out)
+    more = {key: latent.pop(key) for key in ("mean_change", "held_out_episodes")}
+    before, after = summary(out / "runs" / "pretrain")
+    first, last = summary(out / "runs" / "finetune")
+    tokenizer = summary(out / "runs" / "tokenizer")[1]
+    more |= {f"tokenizer/{k}": v for k, v in tokenizer.items() if k.startswith("validation/")}
+    more |= {f"pretrain/{k}": v for k, v in after.items() if k.startswith("validation/")}
+    more |= {f"finetune/{k}": v for k, v in last.items() if k.startswith("validation/")}
+    return {
+        "latent": latent,
         "pretrain": {
             "image_loss_first": before["vision"],
             "image_loss_last": after["vision"],
@@ -55,7 +124,7 @@ def measured(out: Path) -> dict[str, dict[str, float]]:
             "open_loop_mse": last["validation/action_mse"],
             "mean_action_mse": last["validation/mean_action_mse"],
         },
-    }
+    }, more
 
 
 def main() -> None:
@@ -65,44 +134,55 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/train-tiny"), help="folder of everything")
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--frames", type=int, default=60, help="of an episode")
-    parser.add_argument("--video", action="append", default=[], help="further videos for stages 0 to 2")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="motions, in turn (training.simulated)")
+    parser.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        help="further videos for stages 0 to 2 (default: Bridge's sample)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="e.g. finetune.steps=50"
     )
     args = parser.parse_args()
     out, demos = args.out, args.out / "demonstrations"
-    simulate(args.robot, args.episodes, args.frames, args.seed, demos)
-    videos = [item for path in (str(demos), *args.video) for item in ("--data", path)]
+    videos = args.video if args.video is not None else [BRIDGE] * BRIDGE.is_dir()
 
-    def train(stage: str, *options: str) -> None:
+    # a process of its own: MuJoCo's renderer and torch do not share one
+    size = ["--episodes", str(args.episodes), "--steps", str(args.frames), "--seed", str(args.seed)]
+    make = ["training.simulated", "--robot", args.robot, *size, "--kinds", *args.kinds, "--out", str(demos)]
+    together([make])
+
+    def train(stage: str, *options: str, data: list[dict] | None = None) -> list[list[str]]:
+        """The command of a stage, or nothing where it is finished."""
         if done(out / NAMES[stage]):
-            return
+            return []
         changes = [f"seed={args.seed}"]
+        if data:
+            changes += [f"data={json.dumps({'datasets': data, 'validation_share': VALIDATION_SHARE})}"]
         changes += [text.partition(".")[2] for text in args.set if text.startswith(f"{stage}.")]
-        command = [stage, f"{stage}_tiny", "--out", str(out / NAMES[stage]), *options]
-        command += ["--run", str(out / "runs" / stage)]
-        if cli.main([*command, *(item for change in changes for item in ("--set", change))]):
-            raise TrainingError(f"vipra train {' '.join(command)} failed")
-        if not done(out / NAMES[stage]):
-            raise SystemExit(0)  # stopped by a signal
+        given = [item for change in changes for item in ("--set", change)]
+        place = ["--out", str(out / NAMES[stage]), "--run", str(out / "runs" / stage)]
+        return [["vipra_ros.cli", "train", stage, f"{stage}_tiny", *place, *options, *given]]
 
-    tokenizer = ("--tokenizer", str(out / NAMES["tokenizer"]))
-    train("tokenizer", *videos)
-    train("latent", *videos)
+    frames = train("tokenizer", data=datasets(demos, videos, (1,)))
+    together(frames + train("latent", data=datasets(demos, videos, (STRIDE, SLOW))))
+    tokenizer = ["--tokenizer", str(out / NAMES["tokenizer"])]
     if not done(out / "labels"):
-        label.main(
-            [*videos, "--latent", str(out / NAMES["latent"]), *tokenizer, "--out", str(out / "labels")]
-        )
-    train("pretrain", "--labels", str(out / "labels"), *tokenizer)
+        mixture = out / "label.yaml"
+        mixture.write_text(yaml.safe_dump({"datasets": datasets(demos, videos, (SLOW,))}))
+        sources = ["--mixture", str(mixture), "--latent", str(out / NAMES["latent"]), *tokenizer]
+        spread = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vipra_ros.cli"]
+        together([[*spread, "label", *sources, "--out", str(out / "labels")]])
+    together(train("pretrain", "--labels", str(out / "labels"), *tokenizer))
     start = ("--start", str(out / NAMES["pretrain"]), "--embodiment", args.embodiment)
-    train("finetune", "--data", str(demos), *start)
-    found = measured(out)
+    together(train("finetune", "--data", str(demos), *start))
+    found, more = measured(out)
+    (out / "details.json").write_text(json.dumps(more, indent=1))
     (out / "summary.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
 
-
-NAMES = {"tokenizer": "tokenizer", "latent": "latent", "pretrain": "pretrained", "finetune": "policy"}
 
 if __name__ == "__main__":
     main()
