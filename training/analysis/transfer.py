@@ -15,6 +15,7 @@ from training.data.augment import prepare
 from training.data.windows import pick_view
 
 LEAST = 2  # moving clips
+_WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1)])
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Clips:
 def moving_clips(
     mixture: Mixture, size: int, frames: int, limit: int | None = None, tick: Tick | None = None
 ) -> Clips:
-    """The `frames` frames in a row that move furthest in one direction, of every episode that moves.
+    """The `frames` frames in a row that move furthest, of every episode that moves: right, left, down and up
+    in turn, or wherever the episode moves if it never goes there.
 
     Raises AnalysisError where fewer than LEAST episodes do.
     """
@@ -40,8 +42,10 @@ def moving_clips(
         pictures = prepare(episode.frames(pick_view(episode, config.views), at), size)
         steps = np.concatenate([np.zeros((1, 2)), clip_motion(pictures).cumsum(0)])
         over = steps[frames - 1 :] - steps[: len(steps) - frames + 1]
-        best = int(np.linalg.norm(over, axis=1).argmax())
-        if np.linalg.norm(over[best]) >= STILL * (frames - 1):
+        least = STILL * (frames - 1)
+        along = over @ _WAYS[len(found) % len(_WAYS)]
+        best = int(along.argmax() if along.max() >= least else np.linalg.norm(over, axis=1).argmax())
+        if np.linalg.norm(over[best]) >= least:
             found.append((pictures[best : best + frames], over[best], episode.key))
     if len(found) < LEAST:
         why = f" ({skipped[0][1]})" if skipped else ""
