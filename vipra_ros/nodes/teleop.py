@@ -298,6 +298,8 @@ class TeleopNode(Node):
         for arm, reader in self._readers.items():
             for t, joints, opening in reader.take():
                 self._teleop.add(arm, t, joints, opening)
+            if reader.problem and self._teleop.active:
+                self._teleop.lose(f"{arm} leader lost: {reader.problem}")
         self._pursue_lease()
         if self._teleop.active and (problem := self._arms_problem() or self._answered()):
             self._teleop.lose(problem)

@@ -176,14 +176,12 @@ def _silent(servos: Servos) -> str:
 
 def median_counts(servos: Servos, samples: int = 15) -> np.ndarray:
     """Counts [n] of servos that are held still. Raises LeaderError (no answer), CalibrationError (moving)."""
-    rows = []
-    for _ in range(3 * samples):
+    rows, lost = [], 0
+    while len(rows) < samples:
         if (counts := servos.read()) is not None:
             rows.append(counts)
-        if len(rows) == samples:
-            break
-    else:
-        raise LeaderError(_silent(servos))
+        elif (lost := lost + 1) > samples:
+            raise LeaderError(_silent(servos))
     # One turn apart is the same place: a count at the end of a turn flickers between 0 and 4095.
     turns = np.array(rows) - rows[0]
     turns = (turns + 2048) % 4096 - 2048

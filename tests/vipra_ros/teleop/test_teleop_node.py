@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -16,6 +17,7 @@ from std_srvs.srv import Trigger
 from config.loading import ConfigError
 from tests.vipra_ros.arms_standin import ARMS, ArmsStandIn
 from tests.vipra_ros.graph import HOME, Graph, write_robot
+from tests.vipra_ros.teleop.dynamixel_emulator import Bus
 from vipra_ros import bringup
 from vipra_ros.clock import to_stamp
 from vipra_ros.nodes.teleop import TeleopNode
@@ -67,23 +69,30 @@ class Gello:
 
 
 class Rig:
-    def __init__(self, graph: Graph, robot: str):
+    def __init__(self, graph: Graph, robot: str, teleop: str = "gello"):
         self.graph, self.arms = graph, ArmsStandIn(context=graph.context)
         graph.spin(self.arms)
         overrides = [
             Parameter("robot", value=robot),
+            Parameter("teleop", value=teleop),
             Parameter("jump_rad", value=0.5),
             Parameter("lost_after_s", value=0.5),  # a busy machine keeps samples waiting
         ]
         self.node = TeleopNode(context=graph.context, parameter_overrides=overrides)
         graph.spin(self.node)
-        self.gello = Gello(graph)
+        self.gello = Gello(graph) if teleop == "gello" else None
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self.statuses = graph.collect(DiagnosticStatus, "/teleop/status", latched)
         self.clients = {
             name: graph.do(lambda n=name: graph.node.create_client(Trigger, f"/teleop/{n}"))
             for name in ("start", "stop", "pause")
         }
+
+    def close(self) -> None:
+        if self.gello is not None:
+            self.gello.close()
+        self.graph.drop(self.node)
+        self.graph.drop(self.arms)
 
     def call(self, name: str) -> tuple[bool, str]:
         client = self.clients[name]
@@ -118,7 +127,7 @@ def rig(tmp_path):
             wait_for(lambda: rig.value("difference_rad") == "0.000", 20, "leaders and arms")
             yield rig
         finally:
-            rig.gello.close()
+            rig.close()
 
 
 def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
@@ -205,6 +214,45 @@ def test_another_holder_keeps_the_arms(rig):
     rig.graph.do(lambda: rig.arms.lease.acquire(time.monotonic() + 30.0))
     wait_for(lambda: "another commander holds the lease" in rig.call("start")[1], 10, "the refusal")
     assert rig.value("state") == "OFF" and not rig.arms.chunks
+
+
+def test_servos_lead_and_an_unplugged_port_lets_go_with_its_reason(tmp_path):
+    """The direct driver: emulated servos, the real SDK, the node."""
+    offsets = [0.0, 1.571, 3.142, 3.142, 3.142, 4.712, 0.0]
+    signs = [1, -1, 1, -1, 1, 1, 1]
+    turn = 4096 / (2 * math.pi)
+
+    def counts(joints):
+        angles = [*(np.array(signs) * joints + np.array(offsets)), 2.6]
+        return {n + 1: round(angle * turn) for n, angle in enumerate(angles)}
+
+    leaders = {
+        arm: {"dynamixel": {"port": str(tmp_path / arm), "offsets_rad": offsets, "signs": signs}}
+        for arm in ARMS
+    }
+    teleop = {"source": "dynamixel", "leaders": leaders, "lost_after_s": 0.5}
+    (tmp_path / "teleop.yaml").write_text(yaml.safe_dump(teleop))
+    with (
+        Bus(tmp_path / "left", counts(HOME)),
+        Bus(tmp_path / "right", counts(HOME)) as right,
+        Graph() as graph,
+    ):
+        rig = Rig(graph, write_robot(tmp_path), str(tmp_path / "teleop.yaml"))
+        rig.start()
+        rig.wait_state("FOLLOWING")
+        right.counts = counts(HOME + 0.1)
+        there = np.hstack([HOME, HOME + 0.1])
+        wait_for(lambda: np.abs(rig.arms.chunks[-1][1].joints[-1] - there).max() < 0.005, 10, "there")
+        right.unplug()
+        rig.wait_state("LOST")
+        rig.wait_let_go(1)
+        assert "right leader lost" in rig.reason
+        wait_for(lambda: "no such device" in rig.call("start")[1], 10, "the cause")
+        right.counts = counts(HOME)
+        right.plug()
+        rig.start()
+        rig.wait_state("FOLLOWING")
+        rig.close()
 
 
 def test_a_robot_without_its_leader_is_refused(tmp_path):
