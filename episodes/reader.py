@@ -93,12 +93,15 @@ class Dataset:
         if any(not 0 <= int(i) < row.length for i in indices):
             raise EpisodesError(f"{self.root}: episode {episode} has frames 0 to {row.length - 1}")
         if camera in row.videos:
-            chunk, file, start = row.videos[camera]
-            path = self.root / self.info["video_path"].format(
-                video_key=camera, chunk_index=chunk, file_index=file
-            )
+            path, start = self.video(episode, camera)
             return video.read_frames(path, start + np.asarray(indices) / self.fps, 0.4 / self.fps)
         return self._pictures(row, camera, indices)
+
+    def video(self, episode: int, camera: str) -> tuple[Path, float]:
+        """File of an episode's video and the time of its first frame in it, s."""
+        chunk, file, start = self.rows[episode].videos[camera]
+        name = self.info["video_path"].format(video_key=camera, chunk_index=chunk, file_index=file)
+        return self.root / name, start
 
     def _pictures(self, row: Row, camera: str, indices: Sequence[int]) -> np.ndarray:
         file = pq.ParquetFile(self._data_path(row.data))

@@ -57,6 +57,39 @@ def concatenate(parts: Sequence[Path], target: Path, fps: int) -> None:
                     frames += 1
 
 
+def cut(source: Path, target: Path, start_s: float, frames: int, fps: int) -> None:
+    """Copy `frames` frames from `start_s` on to a file of their own, without decoding.
+
+    Raises VideoError where they are not there or do not begin with a key frame.
+    """
+    try:
+        with av.open(str(source)) as file, av.open(str(target), "w", format="mp4") as out:
+            video = file.streams.video[0]
+            stream = out.add_stream_from_template(video)
+            base, half = float(video.time_base), 0.5 / fps
+            file.seek(int((start_s + half) / base), stream=video)
+            copied, first = 0, round(start_s / base)
+            for packet in file.demux(video):
+                if packet.pts is None or packet.dts is None:
+                    continue
+                time = packet.pts * base
+                if not start_s - half < time < start_s + (frames - 0.5) / fps:
+                    continue
+                if not copied and not packet.is_keyframe:
+                    raise VideoError(f"{source}: no key frame at {start_s:.3f} s: it cannot be cut there")
+                packet.pts -= first
+                packet.dts -= first
+                packet.stream = stream
+                out.mux(packet)
+                copied += 1
+                if copied == frames:
+                    break
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise VideoError(f"{source}: not a readable video: {error}") from error
+    if copied != frames:
+        raise VideoError(f"{source}: has {copied} of {frames} frames from {start_s:.3f} s on")
+
+
 def joinable(one: Path, other: Path) -> bool:
     """Whether two files were encoded alike, so that `concatenate` may join them. Raises VideoError."""
     heads = []

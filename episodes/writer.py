@@ -22,9 +22,11 @@ from PIL import Image
 
 from episodes import layout, video
 from episodes.layout import EpisodesError, Feature
+from episodes.reader import Dataset
 
 _RECORDING, _SAVING, _SAVED, _LOCK = ".recording", ".saving", ".saved", ".lock"
 _EPISODES_A_FILE = 200  # lines of a metadata file: it is rewritten at every save
+_DECODED_AT_ONCE = 64  # frames
 _MOVE_ORDER = ("videos", "data", "meta/tasks", "meta/episodes", "meta/stats", "meta/info")
 
 
@@ -103,6 +105,30 @@ class Writer:
                 kept = _png(value, self.frames) if dtype == "image" else value
                 self._rows.setdefault(key, []).append(kept)
         self._rows.setdefault("task", []).append(task)
+
+    def copy(self, source: Dataset, episode: int) -> None:
+        """Take over an episode of a dataset with the same features; `save` makes it part of this one.
+
+        Its videos are not encoded anew. Raises EpisodesError, VideoError.
+        """
+        if self.frames:
+            raise EpisodesError("an episode is running: save or discard it first")
+        count, tasks = source.rows[episode].length, source.tasks(episode)
+        if layout.keys(self.info, "image"):
+            for i in range(count):
+                frame = {key: np.atleast_1d(source.values(episode, key)[i]) for key in source.vectors}
+                frame |= {key: source.frames(episode, key, [i])[0] for key in source.cameras}
+                self.add(frame, tasks[i])
+            return
+        (self.root / _RECORDING).mkdir(exist_ok=True)
+        for key in layout.keys(self.info, "video"):
+            path, start = source.video(episode, key)
+            video.cut(path, self._recording(key), start, count, self.info["fps"])
+            for first in range(0, count, _DECODED_AT_ONCE):
+                some = range(first, min(first + _DECODED_AT_ONCE, count))
+                for rgb in source.frames(episode, key, some):
+                    self._histograms[key] = self._histograms.get(key, 0) + layout.colour_histogram(rgb)
+        self._rows = {key: list(source.values(episode, key)) for key in source.vectors} | {"task": tasks}
 
     def save(self) -> int:
         """Make the running episode part of the dataset; its index.

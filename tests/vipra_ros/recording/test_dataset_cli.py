@@ -1,0 +1,189 @@
+"""`vipra dataset` finds what is wrong, and nothing where nothing is."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config.embodiment import Embodiment
+from config.loading import ConfigError, load
+from config.recording import Quality
+from config.safety import Safety
+from episodes import demonstration, layout, quality
+from episodes.layout import EpisodesError
+from episodes.quality import Trace
+from episodes.reader import Dataset
+from episodes.writer import Writer
+from tests.vipra_ros.recording.streams import NAMES, SIZE, measured, picture
+from vipra_ros import dataset_cli
+from vipra_ros.recording.keyboard import verb
+from vipra_ros.recording.replay import EVERY, HORIZON, chunks, load_actions
+
+HOME = np.array([0.0, -0.785398, 0.0, -2.356194, 0.0, 1.570796, 0.785398, 0.0])
+FPS = 15
+
+
+def motion(t: float) -> np.ndarray:
+    """Around home, inside every limit."""
+    return HOME + 0.5 * measured(t)
+
+
+def write(root, *episodes, task="stack") -> None:
+    """Each episode: function index -> (capture time, picture time, state, action), frames."""
+    with Writer.create(root, FPS, demonstration.features(NAMES, *SIZE), "franka_single", crf=23) as writer:
+        for frame, count in episodes:
+            for i in range(count):
+                capture, shown, state, action = frame(i)
+                row = {
+                    demonstration.CAMERA: picture(shown),
+                    demonstration.STATE: state,
+                    demonstration.ACTION: action,
+                    demonstration.CAPTURE: [capture],
+                    demonstration.SYNC: [0.003],
+                }
+                writer.add(row, task)
+            writer.save()
+
+
+def clean(begin: float):
+    def frame(i):
+        t = begin + i / FPS
+        return t, t, motion(t), motion(t + 0.05)
+
+    return frame
+
+
+def changed(begin: float, **change):
+    """A clean episode, but for the functions of (i, value) named capture, shown, state, action."""
+
+    def frame(i):
+        values = dict(zip(("capture", "shown", "state", "action"), clean(begin)(i), strict=True))
+        return tuple(change[key](i, value) if key in change else value for key, value in values.items())
+
+    return frame
+
+
+def kinds(root, *options: str) -> tuple[int, dict[int, set[str]]]:
+    """Status of `vipra dataset check`, and the kinds of problems by episode."""
+    report = root.parent / "report.json"
+    status = dataset_cli.main(["check", str(root), "--json", str(report), *options])
+    found: dict[int, set[str]] = {}
+    for finding in json.loads(report.read_text())["findings"]:
+        if finding["problem"]:
+            found.setdefault(finding["episode"], set()).add(finding["kind"])
+    return status, found
+
+
+def test_clean_demonstrations_are_clean(tmp_path, capsys):
+    write(tmp_path / "d", *((clean(10.0 * k), 40) for k in range(3)))
+    assert kinds(tmp_path / "d") == (0, {})
+    assert "3 episodes, 120 frames, 0.1 min: clean" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["sync_error_ms_p99"] == 3.0
+
+
+def test_every_fault_is_found_in_its_episode(tmp_path, capsys):
+    frozen = changed(0.0, shown=lambda i, t: t if i < 10 or i > 22 else 10 / FPS)
+    gap = changed(10.0, capture=lambda i, t: t + (0.4 if i >= 20 else 0.0))
+    lost = changed(20.0, capture=lambda i, t: t if i not in (20, 21) else 20.0 + 19 / FPS)
+    idle = changed(
+        30.0,
+        state=lambda i, q: q if not 10 <= i < 20 else motion(30 + 10 / FPS),
+        action=lambda i, q: q if not 10 <= i < 20 else motion(30 + 10 / FPS),
+    )
+    limit = changed(40.0, action=lambda i, q: q if i != 12 else np.where(np.arange(8) == 3, -0.2, q))
+    short = clean(50.0)
+    episodes = [(frozen, 40), (gap, 40), (lost, 40), (idle, 40), (limit, 40), (short, 8), (clean(60.0), 40)]
+    write(tmp_path / "d", *episodes, (clean(60.0), 40))
+    status, found = kinds(tmp_path / "d")
+    assert status == 1
+    assert found[0] == {"frozen"}
+    assert found[1] == {"gap"}
+    assert found[2] == {"dropped"}
+    assert found[3] >= {"idle"} and found[3] <= {"idle", "tracking", "limit"}
+    assert found[4] >= {"limit", "tracking"}
+    assert found[5] == {"short"}
+    assert found[7] == {"duplicate"} and 6 not in found
+    said = " ".join(capsys.readouterr().out.split())
+    assert "right_fr3_joint4 at its soft position limit" in said
+    assert "the same motion as episode 6" in said
+    _, without = kinds(tmp_path / "d", "--no-pictures", "--quality", "idle_s=2", "--quality", "min_s=0")
+    assert 0 not in without and 5 not in without and "idle" not in without.get(3, set())
+
+
+def test_no_instruction_and_no_episode_are_problems(tmp_path):
+    write(tmp_path / "d", (clean(0.0), 20), task=" ")
+    assert kinds(tmp_path / "d") == (1, {0: {"task"}})
+    write(tmp_path / "e")
+    assert kinds(tmp_path / "e") == (1, {})
+    with pytest.raises(ConfigError, match="idle: unknown key"):
+        kinds(tmp_path / "d", "--quality", "idle=2")
+
+
+def test_a_pause_with_the_arm_held_is_no_problem():
+    t = np.arange(30) / FPS
+    capture = t + np.where(t > 1, 5.0, 0.0)
+    q = np.stack([motion(x) for x in t])
+    seen = Trace(FPS, NAMES, capture, np.zeros(30), q, q, np.full(30, 50.0))
+    (found,) = quality.inspect(seen, Quality(), load(Safety, "fr3").joints)
+    assert (found.kind, found.problem) == ("gap", True)
+    q[16:] = q[15]
+    found = [f for f in quality.inspect(seen, Quality()) if f.kind != "idle"]
+    assert [(f.kind, f.problem) for f in found] == [("pause", False)]
+
+
+def test_stats_view_and_merge(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", (clean(0.0), 30), (clean(10.0), 20))
+    write(tmp_path / "b", (clean(20.0), 25))
+    assert dataset_cli.main(["merge", "a", "b", "both"]) == 0
+    assert [row.length for row in Dataset(tmp_path / "both").rows] == [30, 20, 25]
+    assert kinds(tmp_path / "both") == (0, {})
+    assert dataset_cli.main(["stats", "both"]) == 0
+    said = capsys.readouterr().out
+    assert "3 episodes, 0.1 min; 1.3 to 2.0 s" in said and "3  stack" in said
+    assert dataset_cli.main(["view", "both"]) == 0
+    assert dataset_cli.main(["view", "both", "--episode", "1"]) == 0
+    for name in ("both.png", "both_000001.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 800
+    with pytest.raises(EpisodesError, match="episodes 0 to 2, not 7"):
+        dataset_cli.main(["view", "both", "--episode", "7"])
+
+
+def test_a_replay_commands_every_action_at_its_time(tmp_path):
+    write(tmp_path / "d", (clean(0.0), 40))
+    embodiment = load(Embodiment, "franka_single")
+    actions = load_actions(Dataset(tmp_path / "d"), 0, embodiment)
+    sent = chunks(actions, FPS, 200.0, embodiment)
+    assert [c.seq for c in sent] == list(range(len(sent)))
+    for number, chunk in enumerate(sent):
+        assert 2 <= len(chunk) <= HORIZON
+        for k in range(len(chunk)):
+            i = number * EVERY + k
+            assert chunk.t0 + k / FPS == pytest.approx(200.0 + i / FPS)
+            wanted = actions[min(i, len(actions) - 1)]
+            np.testing.assert_array_equal(np.hstack([chunk.joints[k], chunk.grippers[k]]), wanted)
+    covered = {n * EVERY + k for n, chunk in enumerate(sent) for k in range(len(chunk))}
+    assert covered >= set(range(40))
+    with pytest.raises(EpisodesError, match="was recorded with franka_single"):
+        load_actions(Dataset(tmp_path / "d"), 0, load(Embodiment, "franka_bimanual"))
+
+
+def test_another_robots_dataset_is_named(tmp_path):
+    write(tmp_path / "d", (clean(0.0), 20))
+    info = layout.read_info(tmp_path / "d")
+    other = layout.new_info(FPS, demonstration.features([*NAMES, "extra"], *SIZE), "franka_single")
+    assert "observation.state: shape [8] and [9]" in demonstration.difference(info, other)
+
+
+def test_keys():
+    assert [verb(" ", s) for s in ("IDLE", "RECORDING", "PAUSED", "PENDING", "SAVING")] == [
+        "start",
+        "stop",
+        "stop",
+        None,
+        None,
+    ]
+    assert [verb(k, "PENDING") for k in "kdurpq"] == ["keep", "discard", "undo", "retry", "pause", "quit"]
+    assert verb("x", "IDLE") is None

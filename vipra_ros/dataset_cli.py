@@ -1,0 +1,303 @@
+"""`vipra dataset`: check, count, look at, merge and replay recorded demonstrations. Only replay needs ROS."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from config.loading import ConfigError, load, parse
+from config.recording import Quality
+from config.safety import JointRange, Safety
+from episodes import quality
+from episodes.demonstration import ACTION, CAPTURE, STATE, SYNC
+from episodes.layout import EpisodesError
+from episodes.quality import Finding, Trace
+from episodes.reader import Dataset
+from episodes.video import VideoError
+
+EPILOG = """\
+  vipra dataset check recordings/cups                 gaps, frozen camera, rests, limit hits, duplicates, ...
+  vipra dataset check recordings/cups --quality idle_s=1.0 --json report.json
+  vipra dataset stats recordings/cups
+  vipra dataset view recordings/cups --episode 12     pictures and joint plots
+  vipra dataset merge recordings/monday recordings/tuesday recordings/both
+  vipra dataset replay recordings/cups --episode 12   on the arms (vipra up first), inside every limit
+"""
+_AT_ONCE = 64  # pictures decoded together
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 where `check` found a problem. Raises EpisodesError, ConfigError, ProcessError."""
+    parser = argparse.ArgumentParser(
+        prog="vipra dataset",
+        description="Look after recorded demonstrations (LeRobotDataset v3.0).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    check = verbs.add_parser("check", help="what may be wrong, episode by episode; status 1 if anything is")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    check.add_argument(
+        "--no-pictures", action="store_true", help="do not decode videos: no frozen camera found"
+    )
+    stats = verbs.add_parser("stats", help="episodes, minutes, tasks, ranges")
+    view = verbs.add_parser("view", help="contact sheet, or pictures and joint plots of one episode")
+    view.add_argument("--episode", type=int, metavar="N", help="default: all, as a contact sheet")
+    view.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default: beside your terminal)")
+    view.add_argument("--columns", type=int, default=8, help="moments of an episode (default: %(default)s)")
+    replay = verbs.add_parser("replay", help="send an episode's actions to the arms")
+    replay.add_argument("--episode", type=int, required=True, metavar="N")
+    replay.add_argument(
+        "--robot", default="sim_bimanual", help="file in config/robots (default: %(default)s)"
+    )
+    replay.add_argument("--speed", type=float, default=1.0, help="0.1 to 1 (default: %(default)s)")
+    for verb in (check, stats, view, replay):
+        verb.add_argument("dataset", type=Path, metavar="FOLDER")
+    for verb in (check, view):
+        verb.add_argument(
+            "--safety", default="fr3", help="limits, file in config/safety (default: %(default)s)"
+        )
+        verb.add_argument(
+            "--quality",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"another threshold: {', '.join(Quality.model_fields)}",
+        )
+    merge = verbs.add_parser("merge", help="several datasets of one robot to a new one, without loss")
+    merge.add_argument("sources", type=Path, nargs="+", metavar="FOLDER")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    said = parser.parse_args(argv)
+    return {"check": _check, "stats": _stats, "view": _view, "merge": _merge, "replay": _replay}[said.verb](
+        said
+    )
+
+
+def thresholds(settings: list[str]) -> Quality:
+    """Quality with `KEY=VALUE` settings. Raises ConfigError."""
+    given = {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found:
+            raise ConfigError(
+                f"--quality {setting}: write KEY=VALUE; keys: {', '.join(Quality.model_fields)}"
+            )
+        given[key] = value
+    return parse(Quality, given, "--quality")
+
+
+def trace(dataset: Dataset, episode: int, pictures: bool = True) -> Trace:
+    """An episode for `episodes.quality`. Raises EpisodesError, VideoError where it cannot be read."""
+    length = dataset.rows[episode].length
+    names = dataset.names(ACTION)
+    action = dataset.values(episode, ACTION).reshape(length, -1)
+    state = dataset.values(episode, STATE).reshape(length, -1)
+    if state.shape != action.shape:
+        raise EpisodesError(
+            f"{dataset.root}: {STATE} has {state.shape[1]} entries, {ACTION} {action.shape[1]}"
+        )
+    known = dataset.vectors
+    return Trace(
+        fps=dataset.fps,
+        names=names or tuple(f"dimension {i}" for i in range(action.shape[1])),
+        capture=dataset.values(episode, CAPTURE if CAPTURE in known else "timestamp").astype(float),
+        sync=dataset.values(episode, SYNC).astype(float) if SYNC in known else np.zeros(length),
+        state=state,
+        action=action,
+        change=changes(dataset, episode) if pictures and dataset.cameras else np.full(length, np.inf),
+    )
+
+
+def changes(dataset: Dataset, episode: int) -> np.ndarray:
+    """Change of each picture of the first camera to the one before [T], see `quality.change`."""
+    length, before = dataset.rows[episode].length, None
+    found = np.zeros(length)
+    for first in range(0, length, _AT_ONCE):
+        some = range(first, min(first + _AT_ONCE, length))
+        for i, rgb in zip(some, dataset.frames(episode, dataset.cameras[0], some), strict=True):
+            found[i] = 0.0 if before is None else quality.change(before, rgb)
+            before = rgb
+    return found
+
+
+def inspect(
+    dataset: Dataset, limits: Quality, joints: JointRange | None, pictures: bool = True, progress=lambda: None
+) -> list[list[Finding]]:
+    """What is wrong with every episode."""
+    found, prints = [], []
+    for episode, row in enumerate(dataset.rows):
+        try:
+            seen = trace(dataset, episode, pictures)
+            findings = quality.inspect(seen, limits, joints)
+            prints.append(quality.fingerprint(seen))
+        except (EpisodesError, VideoError) as error:
+            findings = [Finding("unreadable", str(error))]
+            prints.append(f"unreadable {episode}")
+        if not any(task.strip() for task in row.tasks):
+            findings.append(Finding("task", "no instruction"))
+        found.append(findings)
+        progress()
+    for episode, other in quality.duplicates(prints).items():
+        found[episode].append(Finding("duplicate", f"the same motion as episode {other}"))
+    return found
+
+
+def _check(said: argparse.Namespace) -> int:
+    dataset, limits = Dataset(said.dataset), thresholds(said.quality)
+    joints = load(Safety, said.safety).joints
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        job = bar.add_task("episodes", total=len(dataset))
+        found = inspect(dataset, limits, joints, not said.no_pictures, lambda: bar.advance(job))
+    problems = [[f for f in findings if f.problem] for findings in found]
+    table = Table("episode", "s", "task", "found", title=str(said.dataset), title_justify="left")
+    for row, findings in zip(dataset.rows, found, strict=True):
+        if findings:
+            lines = "\n".join(f"{f.kind}: {f.text}" for f in findings)
+            table.add_row(str(row.index), f"{row.length / dataset.fps:.1f}", ", ".join(row.tasks), lines)
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    kinds = Counter(f.kind for findings in problems for f in findings)
+    bad = sum(bool(p) for p in problems)
+    frames = sum(row.length for row in dataset.rows)
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    verdict = f"{bad} with a problem: {told}" if bad else "clean"
+    minutes = frames / dataset.fps / 60
+    console.print(f"{len(dataset)} episodes, {frames} frames, {minutes:.1f} min: {verdict}", highlight=False)
+    if said.json:
+        report = {
+            "dataset": str(said.dataset),
+            "robot": dataset.info["robot_type"],
+            "fps": dataset.fps,
+            "episodes": len(dataset),
+            "frames": frames,
+            "episodes_with_problems": bad,
+            "problems": dict(kinds),
+            "sync_error_ms_p99": _sync_p99_ms(dataset),
+            "findings": [
+                {"episode": row.index, **finding.as_dict()}
+                for row, findings in zip(dataset.rows, found, strict=True)
+                for finding in findings
+            ],
+        }
+        said.json.write_text(json.dumps(report, indent=2))
+    return 1 if bad or not len(dataset) else 0
+
+
+def _sync_p99_ms(dataset: Dataset) -> float | None:
+    if SYNC not in dataset.vectors or not len(dataset):
+        return None
+    errors = np.concatenate([dataset.values(e, SYNC) for e in range(len(dataset))])
+    return round(1000 * float(np.quantile(errors, 0.99)), 3)
+
+
+def _stats(said: argparse.Namespace) -> int:
+    dataset = Dataset(said.dataset)
+    if not len(dataset):
+        raise EpisodesError(f"{said.dataset}: has no episode yet")
+    console = Console(highlight=False)
+    lengths = np.array([row.length for row in dataset.rows]) / dataset.fps
+    low, middle, high = np.quantile(lengths, (0, 0.5, 1))
+    console.print(f"{dataset.info['robot_type']}, {dataset.fps} frames/s, {', '.join(dataset.cameras)}")
+    span = f"{low:.1f} to {high:.1f} s, median {middle:.1f} s"
+    console.print(f"{len(dataset)} episodes, {lengths.sum() / 60:.1f} min; {span}")
+    if (p99 := _sync_p99_ms(dataset)) is not None:
+        console.print(f"synchronisation error {p99:.1f} ms (99th percentile)")
+    for task, count in Counter(task for row in dataset.rows for task in row.tasks).most_common():
+        console.print(f"{count:5d}  {task or '(no instruction)'}")
+    actions = np.concatenate([dataset.values(e, ACTION) for e in range(len(dataset))])
+    table = Table("dimension", "min", "mean", "max", "std", title="actions", title_justify="left")
+    columns = actions.min(0), actions.mean(0), actions.max(0), actions.std(0)
+    for name, *values in zip(dataset.names(ACTION), *columns, strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    return 0
+
+
+def _moments(dataset: Dataset, episode: int, columns: int) -> np.ndarray:
+    if not dataset.cameras:
+        raise EpisodesError(f"{dataset.root}: no camera was recorded")
+    last = dataset.rows[episode].length - 1
+    moments = np.unique(np.round(np.linspace(0, last, columns)).astype(int))
+    frames = dataset.frames(episode, dataset.cameras[0], moments)
+    step = max(1, frames.shape[2] // 240)
+    return frames[:, ::step, ::step]
+
+
+def _view(said: argparse.Namespace) -> int:
+    from vipra_ros.recording import pictures
+
+    dataset = Dataset(said.dataset)
+    if not len(dataset):
+        raise EpisodesError(f"{said.dataset}: has no episode yet")
+    if said.episode is None:
+        out = said.out or Path(f"{dataset.root.resolve().name}.png")
+        strips = []
+        for episode, row in enumerate(dataset.rows):
+            name = f"episode {row.index}: {row.length / dataset.fps:.1f} s, {', '.join(row.tasks)}"
+            strips.append((name, _moments(dataset, episode, said.columns)))
+            if len(strips) == 40:  # a picture that can still be opened
+                break
+        columns = max(len(frames) for _, frames in strips)
+        strips = [(name, np.concatenate([f, np.repeat(f[-1:], columns - len(f), 0)])) for name, f in strips]
+        pictures.sheet(strips, out)
+    else:
+        if not 0 <= said.episode < len(dataset):
+            raise EpisodesError(f"{said.dataset} has episodes 0 to {len(dataset) - 1}, not {said.episode}")
+        out = said.out or Path(f"{dataset.root.resolve().name}_{said.episode:06d}.png")
+        seen = trace(dataset, said.episode)
+        findings = quality.inspect(seen, thresholds(said.quality), load(Safety, said.safety).joints)
+        name = f"episode {said.episode}: {', '.join(dataset.rows[said.episode].tasks)}"
+        pictures.episode(name, seen, _moments(dataset, said.episode, said.columns), findings, out)
+    print(out)
+    return 0
+
+
+def _merge(said: argparse.Namespace) -> int:
+    from episodes.merge import merge
+
+    if len(said.sources) < 2:
+        raise EpisodesError("merge: name at least two datasets, then the new folder")
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        job = bar.add_task("episodes", total=None)
+        count = merge(
+            said.sources, said.out, lambda done, total: bar.update(job, completed=done, total=total)
+        )
+    print(f"{said.out}: {count} episodes")
+    return 0
+
+
+def _replay(said: argparse.Namespace) -> int:
+    import os
+
+    from config.embodiment import Embodiment
+    from config.robot import Robot
+    from vipra_ros.process import signals_raise
+    from vipra_ros.recording.replay import Replayer, load_actions
+
+    if not 0.1 <= said.speed <= 1:
+        raise ConfigError(
+            f"--speed {said.speed:g}: 0.1 to 1, demonstrations are not played faster than recorded"
+        )
+    dataset, robot = Dataset(said.dataset), load(Robot, said.robot)
+    embodiment = load(Embodiment, robot.embodiment)
+    actions = load_actions(dataset, said.episode, embodiment)
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    length = len(actions) / dataset.fps / said.speed
+    print(f"episode {said.episode}: {length:.1f} s. Ctrl-C lets the arms go; they decelerate and hold.")
+    try:
+        with signals_raise(), Replayer(robot, embodiment) as replayer:
+            done = replayer.run(actions, dataset.fps * said.speed, lambda _: None)
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
+    print(
+        f"replayed {done.seconds:.1f} s; the arms followed within {done.error_rms_rad:.3f} rad rms, "
+        f"{done.error_max_rad:.3f} rad at most"
+    )
+    return 0
