@@ -24,7 +24,7 @@ _EPILOG = """
       what the scripted expert, which sees everything, reaches
   vipra evaluate --compare runs/mine runs/scratch --out runs/mine_against_scratch
       paired test on the same trials
-  vipra evaluate stack_cups --operator --policy mine --trials 24 --out runs/robot
+  vipra evaluate stack_cups --operator --policy mine --seeds 0:24 --out runs/robot
       at the robot: the graph runs (vipra up), the policy is served, you set up and score (docs/evaluation.md)
 
 Report: OUT/report.html, OUT/report.json, OUT/contact.png; videos and trajectories in OUT/trials.
@@ -61,32 +61,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--latency-ms", type=float, default=100.0, help="lockstep: simulated time an inference takes (100)"
     )
-    parser.add_argument("--robot", help="file in config/robots; default: sim_<the task's workcell>")
+    parser.add_argument(
+        "--robot", help="file in config/robots; default: sim_ (operator: franka_) and the task's workcell"
+    )
     parser.add_argument("--time-limit", type=float, metavar="S", help="instead of the task's")
     parser.add_argument("--no-video", action="store_true", help="lockstep: no mp4 a trial")
     parser.add_argument("--operator", action="store_true", help="at the robot: you set up, start and score")
-    parser.add_argument("--trials", type=int, metavar="N", help="operator: how many")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two reports of the same trials"
     )
     given = parser.parse_args(argv)
     if given.compare:
         return _compare(*given.compare, given.out)
-    for name in ("task", "policy", "out", "trials" if given.operator else "seeds"):
+    for name in ("task", "policy", "out", "seeds"):
         if getattr(given, name) is None:
             parser.error(f"{'TASK' if name == 'task' else '--' + name} is missing")
     task = load(Task, given.task)
     limit_s = given.time_limit or task.time_limit_s
     if not 0 < limit_s <= 600:
         parser.error(f"--time-limit {limit_s:g}: must be above 0 and at most 600 s")
-    if given.operator:
-        from vipra_ros.evaluation.live import run
-
-        return run(task, given.policy, given.trials, given.split, limit_s, given.out)
     if not 0 <= given.latency_ms <= 5000:
         parser.error(f"--latency-ms {given.latency_ms:g}: 0 to 5000")
     splits = ("seen", "unseen") if given.split == "both" else (given.split,)
     wanted = [Key(split, seed) for split in splits for seed in given.seeds]
+    if given.operator:
+        from vipra_ros.evaluation.live import run
+
+        return run(task, given.policy, given.robot or f"franka_{task.workcell}", wanted, limit_s, given.out)
     from vipra_ros.process import signals_raise
 
     with signals_raise():

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import CameraInfo, Image
+from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_srvs.srv import Trigger
 
 from vipra_ros.process import ProcessError
@@ -98,25 +100,41 @@ class Monitor:
         """Call `callback` with every front camera image, in the monitor's thread."""
         self._node.create_subscription(Image, f"{FRONT_CAMERA}/image_raw", callback, qos_profile_sensor_data)
 
+    def watch_joints(self, arm: str, callback: Callable[[JointState], None]) -> None:
+        """Call `callback` with every joint state of `arm`, in the monitor's thread."""
+        self._node.create_subscription(JointState, f"/{arm}/joint_states", callback, qos_profile_sensor_data)
+
     def call(self, service: str, timeout_s: float = 10.0) -> str:
         """Call a Trigger service and return its message. Raises CallFailed."""
+        answer = self._request(Trigger, service, Trigger.Request(), timeout_s)
+        if not answer.success:
+            raise CallFailed(f"{service}: {answer.message}")
+        return answer.message
+
+    def set_task(self, task: str, timeout_s: float = 5.0) -> None:
+        """Give the policy node its instruction. Raises CallFailed."""
+        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=task)
+        request = SetParameters.Request(parameters=[Parameter(name="task", value=value)])
+        service = "/policy/set_parameters"
+        (result,) = self._request(SetParameters, service, request, timeout_s).results
+        if not result.successful:
+            raise CallFailed(f"{service}: task {task!r}: {result.reason}")
+
+    def _request(self, kind: type, service: str, request, timeout_s: float):
         client = self._clients.get(service)
         if client is None:
-            client = self._clients[service] = self._node.create_client(Trigger, service)
+            client = self._clients[service] = self._node.create_client(kind, service)
         deadline = time.monotonic() + timeout_s
         if not client.wait_for_service(timeout_s):
             raise CallFailed(
                 f"{service}: nobody offers it within {timeout_s:g} s: is the robot up (vipra up)?"
             )
-        future = client.call_async(Trigger.Request())
+        future = client.call_async(request)
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
         if not done.wait(max(0.0, deadline - time.monotonic())):
             raise CallFailed(f"{service}: no answer within {timeout_s:g} s")
-        answer = future.result()
-        if not answer.success:
-            raise CallFailed(f"{service}: {answer.message}")
-        return answer.message
+        return future.result()
 
     def close(self) -> None:
         self._executor.shutdown(timeout_sec=2.0)

@@ -1,0 +1,169 @@
+"""An operator's keys, wrong ones too, score every trial once and stop the arms at any time."""
+
+import numpy as np
+import pytest
+
+from config.loading import load
+from config.task import Task
+from simulation.tasks.trial import make_trial
+from vipra_ros.evaluation import operator
+from vipra_ros.evaluation.ledger import Key, Ledger
+from vipra_ros.evaluation.live import drive, placing, resample
+from vipra_ros.evaluation.operator import Do, Phase, Session
+
+TRIALS = tuple(Key("seen", seed) for seed in range(3))
+SETTINGS = {"task": "stack_cups", "policy": "mine", "time_limit_s": 30.0}
+
+
+def after(keys: str, session: Session | None = None, seconds: float = 1.0):
+    """The session after `keys`, one every `seconds`, and everything that was to be done."""
+    session, done = session or Session(TRIALS, 30.0), []
+    for i, key in enumerate(keys):
+        session, todo = operator.press(session, key, seconds * i)
+        done += todo
+    return session, done
+
+
+@pytest.mark.parametrize(
+    ("key", "success", "partial", "interventions", "ended"),
+    [
+        ("s", True, True, 0, "success"),
+        ("p", False, True, 0, "operator"),
+        ("f", False, False, 0, "operator"),
+        ("a", False, False, 1, "aborted"),
+    ],
+)
+def test_a_trial_is_started_scored_and_kept(key, success, partial, interventions, ended):
+    session, done = after(f"\n{key}")
+    assert session.phase is Phase.SCORED and done == [Do.START, Do.STOP]
+    result = session.result("stack")
+    assert (result.success, result.partial, result.interventions) == (success, partial, interventions)
+    assert result.ended == ended and result.seconds == 1.0
+    session, done = after("\n", session)
+    assert done == [Do.KEEP] and session.key == TRIALS[1] and session.phase is Phase.SET_UP
+
+
+def test_a_wrong_key_is_undone_before_and_after_it_is_kept():
+    session, _ = after("\nau")
+    assert session.phase is Phase.SCORE and session.interventions == 0
+    session, done = after("s\n", session)
+    assert done == [Do.KEEP] and session.at == 1
+    before = operator.replace(session, at=0, score="success", seconds=1.0).result("stack")
+    session, done = after("u", session)
+    assert done == [Do.REOPEN] and session.at == 0 and session.phase is Phase.SCORE
+    session = operator.reopened(session, before)
+    session, _ = after("f", session)
+    assert not session.result("stack").success and session.result("stack").seconds == before.seconds
+    session, done = after("u", Session(TRIALS, 30.0))
+    assert not done and "no trial before" in session.hint
+
+
+def test_keys_that_mean_nothing_do_nothing_but_say_so():
+    for phase, keys in ((Phase.SET_UP, "spfanx"), (Phase.RUNNING, "\nunqx"), (Phase.SCORE, "\nuqx")):
+        for key in keys:
+            session, done = operator.press(Session(TRIALS, 30.0, phase=phase), key, 1.0)
+            assert not done and session.phase is phase and operator.KEYS[phase] in session.hint
+
+
+def test_space_stops_the_arms_in_every_phase():
+    for phase in Phase:
+        session, done = operator.press(Session(TRIALS, 30.0, phase=phase), " ", 4.0)
+        assert done == [Do.HALT]
+        assert session.phase is (Phase.SCORE if phase is Phase.RUNNING else phase)
+    session, _ = after("\n  f")  # the second stop of an arm that is stopped already is no second intervention
+    assert session.result("").interventions == 1
+
+
+def test_the_time_limit_stops_a_trial_and_waits_for_its_score():
+    session, _ = after("\n")
+    assert operator.tick(session, 29.9) == (session, [])
+    session, done = operator.tick(session, 30.1)
+    assert done == [Do.STOP] and session.phase is Phase.SCORE and session.seconds == 30.0
+    assert operator.tick(session, 99.0) == (session, [])
+
+
+def test_an_evaluation_goes_on_at_the_first_trial_without_a_result():
+    assert Session.resume(TRIALS, 30.0, frozenset(TRIALS[:2])).key == TRIALS[2]
+    assert Session.resume(TRIALS, 30.0, frozenset(TRIALS)).phase is Phase.DONE
+
+
+class Refused(Exception):
+    pass
+
+
+class FakeRig:
+    """Notes what it is told. `troubles`: what it has at the n-th look."""
+
+    errors = (Refused,)
+
+    def __init__(self, troubles=(), refuse=0):
+        self.calls, self.looks, self.refuse, self.troubles = [], 0, refuse, dict(troubles)
+
+    def start(self, instruction, film):
+        if self.refuse:
+            self.refuse -= 1
+            raise Refused("/policy/start: no policy server")
+        self.calls.append(("start", instruction))
+        film.write_bytes(b"film")
+
+    def stop(self):
+        self.calls.append("stop")
+
+    def halt(self):
+        self.calls.append("halt")
+
+    def trouble(self):
+        self.looks += 1
+        return self.troubles.get(self.looks)
+
+    def save(self, ledger, key):
+        return np.linspace(0, 1, 40)[:, None] ** 3 * np.ones(7)
+
+    def discard(self):
+        self.calls.append("discard")
+
+
+def driven(folder, keys, rig, trials=TRIALS, note="slipped"):
+    task = load(Task, "stack_cups")
+    ledger, said, clock = Ledger(folder, SETTINGS), [], iter(range(10_000))
+    made = {key: make_trial(task, key.seed, key.split) for key in trials}
+    session = Session.resume(trials, 30.0, frozenset(r.key for r in ledger.results()))
+    session = drive(session, made, ledger, rig, keys, said.append, lambda: note, lambda: next(clock) / 10)
+    return session, ledger, "\n".join(said)
+
+
+def test_a_session_writes_one_result_a_trial_and_can_be_left_and_resumed(tmp_path):
+    rig = FakeRig()
+    session, ledger, said = driven(tmp_path, [*"\ns\n", "", *"\nfnq"], rig)
+    assert session.at == 2 and [r.success for r in ledger.results()] == [True, False]
+    assert ledger.results()[1].note == "slipped" and ledger.results()[0].jerk_rms > 0
+    trial = make_trial(load(Task, "stack_cups"), 0)
+    assert rig.calls[:2] == [("start", trial.instruction), "stop"]
+    assert trial.instruction in said and placing(trial)[0] in said and trial.task.protocol.reset in said
+    session, ledger, _ = driven(tmp_path, [*"u\ns\n\np\n\n"], FakeRig())
+    assert session.phase is Phase.DONE  # u reopened trial 1; Enter does nothing until it is scored
+    assert [(r.success, r.partial) for r in ledger.results()] == [(True, True), (True, True), (False, True)]
+
+
+def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
+    rig = FakeRig({2: ("void", "no policy server: gone"), 5: ("fault", "arms FAULT: reflex")})
+    session, ledger, said = driven(tmp_path, ["\n", "", "", "\n", "", "", "f", "\n", "q"], rig, TRIALS[:1])
+    assert session.phase is Phase.DONE
+    assert ledger.voids()[0]["reason"] == "no policy server: gone" and "set this trial up again" in said
+    (result,) = ledger.results()
+    assert result.interventions == 1 and not result.success and "reflex" in said
+
+
+def test_a_refused_start_leaves_the_trial_to_be_set_up_again(tmp_path):
+    rig = FakeRig(refuse=1)
+    session, ledger, said = driven(tmp_path, [*"\n\ns\nq"], rig, TRIALS[:1])
+    assert "refused: /policy/start" in said and len(ledger.results()) == 1 and session.phase is Phase.DONE
+
+
+def test_joint_states_of_two_arms_come_onto_one_grid():
+    left = [(t, np.full(7, t)) for t in np.arange(10.0, 12.0, 0.01)]
+    right = [(t, np.full(7, -t)) for t in np.arange(10.3, 12.4, 0.013)]
+    times, joints = resample([left, right], 15.0)
+    assert joints.shape == (len(times), 14) and times[0] == 10.3 and times[-1] <= 11.99
+    assert np.allclose(joints[:, 0], times) and np.allclose(joints[:, 7], -times)
+    assert resample([[], right], 15.0)[1].shape == (0, 14)

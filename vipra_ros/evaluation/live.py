@@ -1,0 +1,305 @@
+"""Trials on a running graph: reads the operator's keys and carries out what `operator` asks for.
+
+Only `run` and `GraphRig` import ROS, when called.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from config.loading import load
+from config.robot import Robot
+from config.task import Task
+from simulation.tasks.trial import Trial, make_trial
+from vipra_ros.evaluation import operator, smoothness
+from vipra_ros.evaluation import report as reports
+from vipra_ros.evaluation.ledger import Key, Ledger
+from vipra_ros.evaluation.operator import Do, Phase, Session
+from vipra_ros.report.video import Video, jpeg
+
+SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
+STATUS_S = 0.5  # after a start, until the nodes' status tells of it
+LATCHED = ("FAULT", "STOPPED", "STOPPING")
+
+
+class Rig(Protocol):
+    """The robot as an evaluation sees it."""
+
+    def start(self, instruction: str, film: Path) -> None: ...
+    def stop(self) -> None: ...
+    def halt(self) -> None: ...
+
+    def trouble(self) -> tuple[str, str] | None:
+        """("void" or "fault", reason) when the policy no longer moves the arms."""
+
+    def save(self, ledger: Ledger, key: Key) -> np.ndarray:
+        """Write the trial's files; measured joints [T, J] at SAMPLE_HZ."""
+
+    def discard(self) -> None:
+        """The trial does not count: nothing more is written."""
+
+    errors: tuple[type[Exception], ...]  # of a call that was refused
+
+
+def drive(
+    session: Session,
+    trials: dict[Key, Trial],
+    ledger: Ledger,
+    rig: Rig,
+    keys: Iterable[str],
+    tell: Callable[[str], None],
+    ask: Callable[[], str],
+    now: Callable[[], float],
+) -> Session:
+    """Until every trial is scored and left, or the keys end. `keys` yields "" while none is pressed."""
+    measured: dict[Key, np.ndarray] = {}
+    shown = None
+    for key in keys:
+        if (session.key, session.phase) != shown:
+            shown = session.key, session.phase
+            tell(prompt(session, trials))
+        was = session.phase
+        session, todo = operator.tick(session, now())
+        trouble = rig.trouble() if session.phase is Phase.RUNNING else None
+        if trouble is not None:
+            kind, reason = trouble
+            todo = [*todo, Do.STOP]
+            if kind == "void":
+                rig.discard()
+                ledger.void(session.key, reason)
+                session = operator.void(session, reason)
+            else:
+                session = operator.faulted(session, reason, now())
+        pressed = []
+        if key:
+            if session.hint:
+                tell(session.hint)
+            session, pressed = operator.press(session, key, now())
+        for do in (*todo, *pressed):
+            try:
+                if do is Do.START:
+                    rig.start(trials[session.key].instruction, ledger.file(session.key, ".mp4"))
+                elif do is Do.HALT:
+                    rig.halt()
+                elif do is Do.STOP:
+                    rig.stop()
+            except rig.errors as error:
+                tell(f"refused: {error}")
+                if do is Do.START:
+                    rig.discard()
+                    session = operator.void(session, str(error))
+            if do is Do.NOTE:
+                session = operator.noted(session, ask())
+            elif do is Do.REOPEN:
+                before = next((r for r in ledger.results() if r.key == session.key), None)
+                ledger.reopen(session.key)
+                session = operator.reopened(session, before) if before else session
+            elif do is Do.LEAVE:
+                return session
+            elif do is Do.KEEP:
+                _keep(session, trials, ledger, measured)
+        if was is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
+            measured[session.key] = rig.save(ledger, session.key)
+        if session.hint:
+            tell(session.hint)
+            session = operator.replace(session, hint="")
+    return session
+
+
+def _keep(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, np.ndarray]) -> None:
+    """Write the result of the trial before the present one, which `operator.press` has just left."""
+    scored = operator.replace(session, at=session.at - 1)
+    result = scored.result(trials[scored.key].instruction)
+    joints = measured.get(scored.key)
+    if joints is not None:
+        result = operator.replace(
+            result,
+            jerk_rms=smoothness.jerk_rms(joints, SAMPLE_HZ),
+            spectral_arc_length=smoothness.spectral_arc_length(joints, SAMPLE_HZ),
+        )
+    ledger.write(result)
+
+
+def prompt(session: Session, trials: dict[Key, Trial]) -> str:
+    """What the operator is to do now."""
+    if session.key is None:
+        return f"all {len(session.trials)} trials are scored. {operator.KEYS[Phase.DONE]}"
+    trial = trials[session.key]
+    head = f"trial {session.at + 1} of {len(session.trials)} ({session.key})"
+    if session.phase is Phase.SET_UP:
+        protocol = trial.task.protocol
+        lines = [f"\n{head}: {trial.instruction}", f"  {protocol.set_up}", f"  {protocol.reset}"]
+        return "\n".join([*lines, *(f"    {line}" for line in placing(trial)), operator.KEYS[Phase.SET_UP]])
+    if session.phase is Phase.SCORE:
+        return f"{head}: {trial.task.protocol.scoring}\n{operator.KEYS[Phase.SCORE]}"
+    score = f" {session.score} after {session.seconds:.1f} s" if session.score else ""
+    return f"{head} {session.phase.value}{score}. {operator.KEYS[session.phase]}"
+
+
+def placing(trial: Trial) -> list[str]:
+    """Where each object goes: its colour and kind, and its place on the table in `world`, in cm."""
+    words = {colour.rgb: colour.word for colour in getattr(trial.task, trial.split).colours}
+    words |= {thing.colour.rgb: thing.colour.word for thing in trial.task.objects if thing.colour}
+    return [
+        f"{words.get(prop.rgb, '')} {prop.kind}: x {100 * prop.xy[0]:.0f} cm, y {100 * prop.xy[1]:.0f} cm"
+        for prop in trial.workcell.props
+    ]
+
+
+class GraphRig:
+    """The graph that `vipra up` or a launch file started."""
+
+    def __init__(self, monitor, arms: tuple[str, ...]):
+        from vipra_ros.monitor import CallFailed
+
+        self.errors = (CallFailed,)
+        self._monitor, self._arms = monitor, arms
+        self._lock = threading.Lock()  # the monitor's thread delivers pictures and joints
+        self._film: Video | None = None
+        self._filmed_s, self._picture = -np.inf, None
+        self._joints: dict[str, list[tuple[float, np.ndarray]]] = {arm: [] for arm in arms}
+        self._started = -np.inf
+        monitor.watch_images(self._on_image)
+        for arm in arms:
+            monitor.watch_joints(arm, lambda message, arm=arm: self._on_joints(arm, message))
+
+    def start(self, instruction: str, film: Path) -> None:
+        self._monitor.set_task(instruction)
+        with self._lock:
+            self._picture, self._joints = None, {arm: [] for arm in self._arms}
+            self._film = Video(film, SAMPLE_HZ)
+        self._monitor.call("/policy/start", 15.0)
+        self._started = time.monotonic()
+
+    def stop(self) -> None:
+        self._monitor.call("/policy/stop", 5.0)
+
+    def halt(self) -> None:
+        self._monitor.call("/arms/stop", 2.0)
+
+    def trouble(self) -> tuple[str, str] | None:
+        arms, policy = self._monitor.status("arms"), self._monitor.status("policy")
+        if time.monotonic() - self._started < STATUS_S or arms is None or policy is None:
+            return None
+        if arms.values.get("state") in LATCHED:
+            return "fault", f"arms {arms.values['state']}: {arms.message}"
+        if policy.message.startswith("no policy server"):
+            return "void", policy.message
+        stopped = policy.values.get("state") in ("STOPPED", "IDLE")
+        return ("fault", f"policy: {policy.message}") if stopped else None
+
+    def save(self, ledger: Ledger, key: Key) -> np.ndarray:
+        with self._lock:
+            joints, picture = self._joints, self._picture
+        self.discard()
+        if picture is not None:
+            ledger.file(key, ".jpg").write_bytes(jpeg(picture))
+        times, measured = resample([joints[arm] for arm in self._arms], SAMPLE_HZ)
+        arms = np.array(self._arms)
+        np.savez_compressed(ledger.file(key, ".npz"), time_s=times, arms=arms, joints=measured)
+        return measured
+
+    def discard(self) -> None:
+        with self._lock:
+            film, self._film = self._film, None
+        if film is not None:
+            film.close()
+
+    def _on_image(self, message) -> None:
+        stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
+        with self._lock:
+            if self._film is None or stamp_s - self._filmed_s < 0.9 / SAMPLE_HZ:
+                return
+            self._filmed_s = stamp_s
+            rgb = np.frombuffer(message.data, np.uint8)
+            self._picture = rgb.reshape(message.height, message.width, 3)
+            self._film.add(self._picture, stamp_s)
+
+    def _on_joints(self, arm: str, message) -> None:
+        stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
+        with self._lock:
+            if self._film is not None:
+                self._joints[arm].append((stamp_s, np.array(message.position[:7])))
+
+
+def resample(arms: list[list[tuple[float, np.ndarray]]], rate_hz: float) -> tuple[np.ndarray, np.ndarray]:
+    """Joint states (stamp s, [7] rad) of each arm -> times [T], joints [T, 7 * arms] on one even grid."""
+    if not all(arms):
+        return np.zeros(0), np.zeros((0, 7 * len(arms)))
+    stamps = [np.array([stamp for stamp, _ in states]) for states in arms]
+    first, last = max(s[0] for s in stamps), min(s[-1] for s in stamps)
+    times = np.arange(first, last, 1 / rate_hz)
+    columns = []
+    for stamp, states in zip(stamps, arms, strict=True):
+        q = np.array([position for _, position in states])
+        columns += [np.interp(times, stamp, q[:, joint]) for joint in range(q.shape[1])]
+    return times, np.stack(columns, axis=1)
+
+
+def run(task: Task, policy: str, robot: str, wanted: list[Key], limit_s: float, out: Path) -> int:
+    """`vipra evaluate --operator`; 0 when every trial is scored, 1 when some are left for later."""
+    from vipra_ros.monitor import Monitor
+    from vipra_ros.process import ProcessError, signals_raise, wait_for
+    from vipra_ros.recording.keyboard import raw_keys, read_key
+
+    trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
+    arms = tuple(load(Robot, robot).arms)
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def pressed():
+        while True:
+            key = read_key(0.05)
+            yield "q" if key == "\x04" else key
+
+    with signals_raise(), Monitor() as monitor:
+        status = wait_for(lambda: monitor.status("policy"), 10.0, "the policy node's status: is the robot up")
+        settings = {
+            "task": task.name,
+            "policy": policy,
+            "time_limit_s": limit_s,
+            "trials": "by an operator",
+            "robot": robot,
+            **{name: status.values.get(name) for name in ("model", "checkpoint", "mode", "action_rate_hz")},
+        }
+        ledger = Ledger(out, settings)
+        done = frozenset(result.key for result in ledger.results())
+        session = Session.resume(tuple(wanted), limit_s, done)
+        rig = GraphRig(monitor, arms)
+        try:
+            with raw_keys():
+                session = drive(session, trials, ledger, rig, pressed(), say, _line, time.monotonic)
+        except KeyboardInterrupt:
+            say("interrupted: the trial that ran does not count")
+        finally:
+            try:
+                rig.stop()
+            except ProcessError as error:
+                say(f"the policy could not be stopped: {error}")
+            report = reports.write(ledger, settings, [f"Scoring: {task.protocol.scoring}"])
+            say(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
+    return 0 if session.phase is Phase.DONE else 1
+
+
+def _line() -> str:
+    """A line of text, shown while it is typed."""
+    import termios
+
+    file = sys.stdin
+    if file.isatty():
+        now = termios.tcgetattr(file)
+        shown = [*now]
+        shown[3] |= termios.ICANON | termios.ECHO
+        termios.tcsetattr(file, termios.TCSADRAIN, shown)
+    try:
+        print("note: ", end="", flush=True)
+        return file.readline()
+    finally:
+        if file.isatty():
+            termios.tcsetattr(file, termios.TCSADRAIN, now)

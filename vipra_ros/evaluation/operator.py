@@ -1,0 +1,186 @@
+"""Trials at the robot: what the operator's keys do. Pure; `live` reads keys and carries out what is asked.
+
+    SET_UP   the reset text is shown           Enter starts the policy
+    RUNNING  the policy moves the arms         s, p, f, a end the trial and score it; the limit ends it too
+    SCORE    stopped, not scored yet           s, p, f, a
+    SCORED   scored, not yet kept              Enter keeps it and goes on, u takes the score back, n notes
+    DONE     every trial is scored
+
+At any time space stops the arms at once (`Do.HALT`, latched; the emergency stop is the hardware's).
+In SET_UP u reopens the trial before this one. A key that means nothing here does nothing but say so.
+"""
+
+import enum
+from dataclasses import dataclass, replace
+
+from vipra_ros.evaluation.ledger import Key, Result
+
+
+class Phase(enum.Enum):
+    SET_UP = "set up"
+    RUNNING = "running"
+    SCORE = "score"
+    SCORED = "scored"
+    DONE = "done"
+
+
+class Do(enum.Enum):
+    """What a key asks for, in order."""
+
+    START = "let the policy move the arms"
+    STOP = "stop the policy; the arms decelerate and hold"
+    HALT = "stop the arms at once and latch"
+    KEEP = "write `score`: the trial counts"
+    REOPEN = "the trial `key` no longer counts"
+    NOTE = "ask for a line of text and give it to `noted`"
+    LEAVE = "end; the same command goes on here"
+
+
+SCORES = {"s": "success", "p": "partial", "f": "fail", "a": "aborted"}
+ENTER, SPACE = ("\r", "\n"), " "
+KEYS = {
+    Phase.SET_UP: "Enter start, u reopen the last trial, space stop the arms, q leave",
+    Phase.RUNNING: "s success, p partial, f fail, a abort, space stop the arms",
+    Phase.SCORE: "s success, p partial, f fail, a abort, n note",
+    Phase.SCORED: "Enter keep and go on, u undo, n note, q keep and leave",
+    Phase.DONE: "u reopen the last trial, q or Enter leave",
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where the operator is. `trials`: all of them, in order; `at`: the present one's place."""
+
+    trials: tuple[Key, ...]
+    limit_s: float
+    at: int = 0
+    phase: Phase = Phase.SET_UP
+    started_s: float = 0.0
+    seconds: float = 0.0  # that the policy moved
+    interventions: int = 0  # the operator stopped the arms, or aborted
+    faults: int = 0  # the arms stopped by themselves
+    score: str | None = None
+    note: str = ""
+    hint: str = ""
+
+    @classmethod
+    def resume(cls, trials: tuple[Key, ...], limit_s: float, done: frozenset[Key]) -> "Session":
+        """At the first trial that is not in `done`."""
+        at = next((i for i, key in enumerate(trials) if key not in done), len(trials))
+        return cls(trials, limit_s, at, Phase.DONE if at == len(trials) else Phase.SET_UP)
+
+    @property
+    def key(self) -> Key | None:
+        """The present trial; None when all are done."""
+        return self.trials[self.at] if self.at < len(self.trials) else None
+
+    def result(self, instruction: str) -> Result:
+        """The present trial's, once it is scored."""
+        stopped = "aborted" if self.score == "aborted" else "operator"
+        return Result(
+            seed=self.key.seed,
+            split=self.key.split,
+            success=self.score == "success",
+            partial=self.score in ("success", "partial"),
+            seconds=round(self.seconds, 2),
+            interventions=self.interventions + self.faults,
+            ended="success" if self.score == "success" else stopped,
+            instruction=instruction,
+            note=self.note,
+        )
+
+
+def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
+    """The operator pressed `key` at `now` s: the new session, and what to do in order."""
+    session = replace(session, hint="")
+    if key == SPACE:
+        return _halt(session, now)
+    if session.phase is Phase.SET_UP:
+        if key in ENTER:
+            started = replace(session, phase=Phase.RUNNING, started_s=now, seconds=0.0, interventions=0)
+            return replace(started, faults=0, score=None, note=""), [Do.START]
+        if key == "u":
+            return _reopen(session)
+        if key == "q":
+            return session, [Do.LEAVE]
+    elif session.phase is Phase.RUNNING and key in SCORES:
+        session = replace(session, seconds=now - session.started_s)
+        return _score(session, key), [Do.STOP]
+    elif session.phase is Phase.SCORE:
+        if key in SCORES:
+            return _score(session, key), []
+        if key == "n":
+            return session, [Do.NOTE]
+    elif session.phase is Phase.SCORED:
+        if key in ENTER or key == "q":
+            return _next(session), [Do.KEEP, *([Do.LEAVE] if key == "q" else [])]
+        if key == "u":
+            aborted = session.score == "aborted"
+            taken = session.interventions - aborted
+            return replace(session, phase=Phase.SCORE, score=None, interventions=taken), []
+        if key == "n":
+            return session, [Do.NOTE]
+    elif session.phase is Phase.DONE:
+        if key == "u":
+            return _reopen(session)
+        if key in ENTER or key == "q":
+            return session, [Do.LEAVE]
+    return replace(session, hint=f"{key!r} does nothing here: {KEYS[session.phase]}"), []
+
+
+def tick(session: Session, now: float) -> tuple[Session, list[Do]]:
+    """Time passes: a trial that reaches its limit is stopped and waits for its score."""
+    if session.phase is Phase.RUNNING and now - session.started_s >= session.limit_s:
+        hint = f"time limit {session.limit_s:g} s"
+        return replace(session, phase=Phase.SCORE, seconds=session.limit_s, hint=hint), [Do.STOP]
+    return session, []
+
+
+def faulted(session: Session, reason: str, now: float) -> Session:
+    """The arms or the policy stopped by themselves."""
+    if session.phase is not Phase.RUNNING:
+        return session
+    seconds, faults = now - session.started_s, session.faults + 1
+    return replace(session, phase=Phase.SCORE, seconds=seconds, faults=faults, hint=reason)
+
+
+def void(session: Session, reason: str) -> Session:
+    """The policy server went in the middle of the trial: set it up again."""
+    return replace(session, phase=Phase.SET_UP, hint=f"void: {reason}; set this trial up again")
+
+
+def reopened(session: Session, result: Result) -> Session:
+    """The trial that `Do.REOPEN` took back is to be scored again: what else is known of it."""
+    stops = result.interventions - (result.ended == "aborted")
+    return replace(session, seconds=result.seconds, interventions=stops, faults=0, note=result.note)
+
+
+def noted(session: Session, text: str) -> Session:
+    return replace(session, note="; ".join(filter(None, [session.note, text.strip()])))
+
+
+def _halt(session: Session, now: float) -> tuple[Session, list[Do]]:
+    hint = "arms stopped and latched: vipra recover, then go on here"
+    if session.phase is not Phase.RUNNING:
+        return replace(session, hint=hint), [Do.HALT]
+    seconds, count = now - session.started_s, session.interventions + 1
+    stopped = replace(session, phase=Phase.SCORE, seconds=seconds, interventions=count, hint=hint)
+    return stopped, [Do.HALT]
+
+
+def _score(session: Session, key: str) -> Session:
+    aborted = SCORES[key] == "aborted"
+    count = session.interventions + aborted
+    return replace(session, phase=Phase.SCORED, score=SCORES[key], interventions=count)
+
+
+def _next(session: Session) -> Session:
+    at = session.at + 1
+    phase = Phase.DONE if at == len(session.trials) else Phase.SET_UP
+    return replace(session, at=at, phase=phase)
+
+
+def _reopen(session: Session) -> tuple[Session, list[Do]]:
+    if session.at == 0:
+        return replace(session, hint="there is no trial before this one"), []
+    return replace(session, at=session.at - 1, phase=Phase.SCORE, score=None), [Do.REOPEN]
