@@ -125,7 +125,8 @@ def transfer(
         )
     numbers, rolled, targets = measure.transfer(network, clips)
     lines = []
-    for i in np.argsort(-np.linalg.norm(clips.motion, axis=1))[:rows]:
+    against = (clips.motion * clips.motion[targets]).sum(1)
+    for i in np.argsort(against)[:rows]:  # the clearest pairs
         lines += [
             (f"{clips.names[i][-14:]}\nsource", clips.frames[i]),
             (f"{clips.names[targets[i]][-14:]}\ntarget", clips.frames[targets[i]]),
