@@ -88,7 +88,13 @@ class Rows:
         start, self.next_slot = self.next_slot, self.next_slot + x.shape[1]
         now = slice(start, self.next_slot)
         rotation = self.cos[:, :, now], self.sin[:, :, now]
-        return self.policy.backbone(x, rotation, self.mask[:, :, now], self.cache, start, tail=1)[:, 0]
+        hidden = self.policy.backbone(x, rotation, self.mask[:, :, now], self.cache, start, tail=1)
+        self.last = hidden[:, 0]
+        return self.last
+
+    def finite(self) -> Tensor:
+        """Rows [B] whose states hold no NaN or infinity: every token passes its own on to all later ones."""
+        return self.last.isfinite().all(-1)
 
     def codes(self, before: Tensor, kind: str, counts: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
         """One code for each of `counts`, its number of valid ids, then the id `end`.
@@ -128,7 +134,8 @@ def decode_actions(
     counts: Sequence[int],
     sampling: Sampling = GREEDY,
 ) -> Tensor:
-    """ViPRA-AR: frames' codes [B, 2, N] -> ids of the chunk [B, H, D] int64, dimension d below `counts[d]`.
+    """ViPRA-AR: frames' codes [B, 2, N] -> ids of the chunk [B, H, D] int64, dimension d below `counts[d]`;
+    -1 in rows where the network's numbers are not finite.
 
     H x D passes: an action's end rides with its last code.
     """
@@ -138,7 +145,7 @@ def decode_actions(
     for _ in range(config.horizon):
         action, before = rows.codes(before, "action", counts, config.end_of_action)
         chunk.append(action)
-    return torch.stack(chunk, 1)
+    return torch.stack(chunk, 1).masked_fill(~rows.finite()[:, None, None], -1)
 
 
 @dataclass

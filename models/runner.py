@@ -109,7 +109,7 @@ class Runner:
             mark()
             codes, cache = self.codes[:n], self.cache
             ids = decode.decode_actions(self.policy, texts, codes, cache, self.bridge, self.counts)
-            self.chunk.device[:n] = ids  # exact: far fewer than 2^24 of them
+            self.chunk.device[:n] = ids.float().masked_fill(ids < 0, torch.nan)  # exact: ids are below 2^24
         self.chunk.download(slice(rows))
         mark()
 

@@ -240,6 +240,11 @@ def test_discrete_actions_are_served_by_the_same_engine(tmp_path):
     engine.prefetch(TASK, frames()[0])
     assert not engine.infer(requests[:1])[0].prefetched
     assert len(np.unique(alone)) > 2
+    with torch.no_grad():  # seen when the frames are read, long before the last code is chosen
+        engine.runner.policy.backbone.layers[0].down.weight[0, 0] = torch.nan
+    with pytest.raises(EngineError) as caught:
+        engine.infer(requests)
+    assert caught.value.code == "non_finite"
 
 
 def test_prompts_are_computed_once_and_forgotten_oldest_first(engine):
