@@ -1,8 +1,10 @@
 """The teleop node against the arms' interface: lease, chunks, clutch, refusals. No arms, no simulator."""
 
 import math
+import runpy
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +284,11 @@ def test_the_graph_has_leaders_in_place_of_a_policy():
         names({"teleop": "gello_single"})
     with pytest.raises(ConfigError, match="unknown argument 'server'"):
         names({"server": "tcp://127.0.0.1:5555"})
+
+
+def test_launch_file_declares_what_the_graph_takes():
+    path = Path(__file__).parents[3] / "launch" / "teleop.launch.py"
+    assert callable(runpy.run_path(str(path))["generate_launch_description"])
+    declared = bringup.launch_arguments("teleop")
+    assert all(description for _, _, description, _ in declared)
+    assert bringup.describe("teleop", {name: default for name, default, *_ in declared}).processes
