@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(given, name) is None:
             parser.error(f"{'TASK' if name == 'task' else '--' + name} is missing")
     task = load(Task, given.task)
-    limit_s = given.time_limit or task.time_limit_s
+    limit_s = task.time_limit_s if given.time_limit is None else given.time_limit
     if not 0 < limit_s <= 600:
         parser.error(f"--time-limit {limit_s:g}: must be above 0 and at most 600 s")
     if not 0 <= given.latency_ms <= 5000:

@@ -1,4 +1,4 @@
-"""Trials are kept whole, repeated only when void, reported with intervals, and compared only with their like."""
+"""Trials are kept whole, repeated only when void, reported with intervals, compared only with their like."""
 
 import dataclasses
 import json

@@ -1,0 +1,152 @@
+"""Lockstep trials repeat to the bit, survive their server's death, and are safe from torch.
+
+MuJoCo renders, so everything runs in processes of its own.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vipra_ros.evaluation.ledger import Key, Ledger
+from vipra_ros.process import free_port
+
+# Seed 1 after seed 0, then alone on a new stage: the shipped policy, its own server.
+REPEAT = """
+import sys
+from pathlib import Path
+import simulation.render
+from config.embodiment import Embodiment
+from config.loading import load
+from config.robot import Robot
+from config.task import Task
+from simulation.tasks.trial import make_trial
+from vipra_ros.evaluate import CACHE, policy_of
+from vipra_ros.evaluation.ledger import Ledger
+from vipra_ros.evaluation.lockstep import Stage, play_policy
+from vipra_ros.evaluation.served import Server
+out = Path(sys.argv[1])
+robot, task = load(Robot, "sim_single"), load(Task, "stack_cups")
+out.mkdir()
+server = Server("vipra_tiny_single", load(Embodiment, robot.embodiment), out)
+server.start()
+try:
+    for folder, seeds in (("first", (0, 1)), ("second", (1,))):
+        stage, ledger = Stage(robot, CACHE), Ledger(out / folder, {})
+        for seed in seeds:
+            policy = policy_of(robot, None, 150.0).model_copy(update={"seed": seed})
+            trial = make_trial(task, seed)
+            ledger.write(play_policy(stage, trial, ledger, server.client, policy, 1.5, seed == 0))
+        stage.close()
+finally:
+    server.stop()
+assert "torch" not in sys.modules
+"""
+# A stand-in server is killed before the first attempt at a trial and started again by the repair.
+DEATH = """
+import sys
+from pathlib import Path
+import simulation.render
+from config.embodiment import Embodiment
+from config.loading import load
+from config.robot import Robot
+from config.task import Task
+from simulation.tasks.trial import make_trial
+from vipra_ros.evaluate import CACHE, policy_of
+from vipra_ros.evaluation.ledger import Key, Ledger, run_trials
+from vipra_ros.evaluation.lockstep import Stage, play_policy
+from vipra_ros.evaluation.served import Server
+from vipra_ros.process import Child
+out, address = Path(sys.argv[1]), sys.argv[2]
+robot, task = load(Robot, "sim_single"), load(Task, "stack_cups")
+out.mkdir()
+argv = [sys.executable, "-m", "tests.vipra_ros.serve_moves", address, "0.0", robot.embodiment]
+children = [Child("moves", argv, out / "moves.log")]
+server = Server(address, load(Embodiment, robot.embodiment), out)
+server.start()
+stage, ledger = Stage(robot, CACHE), Ledger(out, {})
+
+def play(key):
+    if key.seed == 1 and len(children) == 1:
+        children[0].stop(0.1, 0.1)
+    policy = policy_of(robot, "7hz", 100.0)
+    return play_policy(stage, make_trial(task, key.seed), ledger, server.client, policy, 2.0, True)
+
+def repair():
+    children.append(Child("moves", argv, out / "moves_again.log"))
+    server.start()
+
+try:
+    run_trials(ledger, [Key("seen", 0), Key("seen", 1)], play, repair)
+finally:
+    server.stop()
+    children[-1].stop()
+    stage.close()
+"""
+
+
+def script(text, *arguments):
+    done = subprocess.run([sys.executable, "-c", text, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_seed_gives_the_same_trajectory_to_the_bit_whatever_ran_before(tmp_path):
+    script(REPEAT, tmp_path / "out")
+    ledgers = [Ledger(tmp_path / "out" / folder, {}) for folder in ("first", "second")]
+    key = Key("seen", 1)
+    one, two = (np.load(ledger.file(key, ".npz")) for ledger in ledgers)
+    assert set(one.files) == set(two.files) and all(
+        np.array_equal(one[name], two[name]) for name in one.files
+    )
+    assert len(one["time_s"]) >= 22 and np.ptp(one["state"][:, 0, :7], axis=0).max() > 0.01  # it moves
+    results = [{r.key: r for r in ledger.results()} for ledger in ledgers]
+    assert results[0][key] == results[1][key] and results[0][key].chunks >= 2
+    assert ledgers[0].file(Key("seen", 0), ".mp4").stat().st_size > 1000
+    assert not ledgers[0].file(key, ".mp4").exists() and ledgers[0].file(key, ".jpg").exists()
+
+
+def test_a_trial_whose_server_is_killed_is_void_and_repeated(tmp_path):
+    out = tmp_path / "out"
+    script(DEATH, out, f"tcp://127.0.0.1:{free_port()}")
+    ledger = Ledger(out, {})
+    assert [(r.seed, r.ended) for r in ledger.results()] == [(0, "time limit"), (1, "time limit")]
+    (void,) = ledger.voids()
+    assert void["seed"] == 1 and "the policy server is gone" in void["reason"]
+    state = np.load(ledger.file(Key("seen", 1), ".npz"))["state"]
+    assert state[-1, 0, 0] - state[0, 0, 0] == pytest.approx(0.002 * 13, abs=0.004)  # one chunk of 14 actions
+
+
+def test_the_expert_is_evaluated_by_the_command(tmp_path):
+    argv = [sys.executable, "-m", "vipra_ros.cli", "evaluate", "pick_place", "--policy", "expert"]
+    argv += ["--seeds", "0:1", "--split", "unseen", "--no-video", "--out", str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 of 1 succeeded" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (trial,) = report["trials"]
+    assert trial["success"] and trial["partial"] and trial["split"] == "unseen" and trial["seconds"] < 30
+    assert report["success_rate"] == 1.0 and report["interval95"] == [0.025, 1.0]
+    assert -4 < trial["spectral_arc_length"] < -1 and 0 < trial["jerk_rms"] < 100
+    again = subprocess.run(argv, capture_output=True, text=True)  # nothing is played twice
+    assert again.returncode == 0 and "success after" not in again.stdout
+    other = subprocess.run([*argv, "--time-limit", "20"], capture_output=True, text=True)
+    assert other.returncode == 1 and "time_limit_s 30.0, not 20.0" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["stack_cups", "--policy", "expert", "--out", "x"], "--seeds is missing"),
+        (["stack_cups", "--policy", "expert", "--seeds", "5:5", "--out", "x"], "not A:B"),
+        (["--policy", "expert", "--seeds", "0:1", "--out", "x"], "TASK is missing"),
+        (["stack_cups", "--policy", "p", "--seeds", "0:1", "--out", "x", "--time-limit", "0"], "above 0"),
+    ],
+)
+def test_what_is_missing_is_named(argv, said, capsys):
+    from vipra_ros.evaluate import main
+
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert said in capsys.readouterr().err
