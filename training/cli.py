@@ -31,7 +31,9 @@ Data = Annotated[
         "--data", help="dataset folder, of any kind that `vipra data check` reads; repeat for several"
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", help="folder of the result")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="folder of the result (needed for all but --dry-run)")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="change the recipe, e.g. --set optimizer.learning_rate=1e-4")
 ]
@@ -62,7 +64,7 @@ def resolve(
     return load_recipe(name, [*given, *(sets or [])], stage, data or ())
 
 
-def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> None:
+def execute(recipe: Recipe, module: ModuleType, out: Path | None, options: dict) -> None:
     """Plan, or train and export. module: has plan(recipe) -> Stage and build(recipe, ranks, run) -> Stage."""
     from training import distributed, estimate, loop
     from training.run import Run, TrainingError
@@ -72,6 +74,8 @@ def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> Non
         if not estimate.show(module.plan(recipe), recipe, **planned):
             raise typer.Exit(1)
         return
+    if out is None:
+        raise TrainingError("nowhere to write the result: give --out FOLDER")
     if recipe.data is None and getattr(recipe, "labels", None) is None:
         raise TrainingError("no data: give --data FOLDER, or `data:` in the recipe")
     ranks = distributed.start(options["device"])
@@ -81,10 +85,11 @@ def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> Non
         folder = options["run"] or Path("runs") / recipe.stage / stamp
         run = Run(folder, recipe, ranks.rank, ranks.size, options["wandb"])
         stage = module.build(recipe, ranks, run)
-        if loop.train(stage, recipe, run, ranks, stage.samples()):
-            digest = stage.export(out, run, ranks)
-            if ranks.first:
-                run.say(f"{out}: {recipe.stage} checkpoint {digest[:12]}; run folder {folder}")
+        if not loop.train(stage, recipe, run, ranks, stage.samples()):
+            raise typer.Exit(128 + run.stopped_by)
+        digest = stage.export(out, run, ranks)
+        if ranks.first:
+            run.say(f"{out}: {recipe.stage} checkpoint {digest[:12]}; run folder {folder}")
     finally:
         if run:
             run.close()
@@ -94,7 +99,7 @@ def execute(recipe: Recipe, module: ModuleType, out: Path, options: dict) -> Non
 @app.command()
 def tokenizer(
     recipe: RecipeName,
-    out: Out,
+    out: Out = None,
     data: Data = None,
     sets: Set = None,
     run: RunFolder = None,
@@ -119,7 +124,7 @@ def tokenizer(
 @app.command()
 def latent(
     recipe: RecipeName,
-    out: Out,
+    out: Out = None,
     data: Data = None,
     sets: Set = None,
     run: RunFolder = None,
@@ -144,7 +149,7 @@ def latent(
 @app.command()
 def pretrain(
     recipe: RecipeName,
-    out: Out,
+    out: Out = None,
     labels: Annotated[str | None, typer.Option(help="folder written by `vipra label`")] = None,
     start: Annotated[
         str | None, typer.Option(help="checkpoint whose backbone continues, e.g. LWM converted; or random")
@@ -177,7 +182,7 @@ def pretrain(
 @app.command()
 def finetune(
     recipe: RecipeName,
-    out: Out,
+    out: Out = None,
     data: Data = None,
     start: Annotated[
         str | None, typer.Option(help="pretrained or finetuned checkpoint folder; left out: Scratch")

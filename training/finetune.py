@@ -124,9 +124,9 @@ class Actor(nn.Module):
 class Finetune(Stage):
     """Built on every rank; `demonstrations` encodes its share of the frames."""
 
-    def __init__(self, recipe: FinetuneRecipe, robot: Embodiment, robot_text: str):
+    def __init__(self, recipe: FinetuneRecipe, robot: Embodiment, robot_text: str, planning: bool = False):
         self.recipe, self.robot, self.robot_text = recipe, robot, robot_text
-        self.start, self.frames, config = parts(recipe)
+        self.start, self.frames, config = parts(recipe, planning)
         self.prompts = Prompts(self.frames.tokenizer, config.max_text_tokens)
         self.config = config
         self.action_bins = self.normalizer = self.vqgan = None
@@ -351,7 +351,7 @@ Serve it: `vipra serve --policy POLICY.yaml` with `checkpoint:` set to this fold
 def plan(recipe: FinetuneRecipe) -> Finetune:
     """The stage without data, for estimates."""
     robot = load(Embodiment, recipe.embodiment)
-    stage = Finetune(recipe, robot, "")
+    stage = Finetune(recipe, robot, "", planning=True)
     stage.build()
     return stage
 

@@ -153,8 +153,8 @@ def train(
     """Train from the newest checkpoint in the run's folder, or from the start, to `recipe.steps`.
 
     samples: endless, `samples[n]` a pure function of n (training.data.sampling). On return the module
-    holds what is to be exported (averaged weights if any). Returns False when a signal ended it early;
-    a checkpoint is then written. Raises TrainingError.
+    holds what is to be exported (averaged weights if any). Returns False when a signal ended it early:
+    a checkpoint is then written, and `run.stopped_by` is the signal. Raises TrainingError.
     """
     optimizer = set_up(stage, recipe, ranks)
     average = Average(stage.module, recipe.ema) if recipe.ema else None
@@ -202,10 +202,14 @@ def train(
                 meter.restart()
             run.advance(step)
             if stopping:
+                if last:
+                    return True
+                run.stopped_by = signals[0] if signals else signal.SIGTERM  # on another rank
+                name = signal.Signals(run.stopped_by).name
                 run.say(
-                    f"stopped at step {step} by signal {signals or 'on another rank'}; run it again to go on"
+                    f"stopped by {name} after step {step}: the same command with --run {run.folder} goes on"
                 )
-                return last
+                return False
     for line in loader.report().splitlines():
         run.say(f"skipped {line}")
     stage.module.eval()

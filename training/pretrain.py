@@ -121,9 +121,9 @@ class Predictor(nn.Module):
 
 
 class Pretrain(Stage):
-    def __init__(self, recipe: PretrainRecipe):
+    def __init__(self, recipe: PretrainRecipe, planning: bool = False):
         self.recipe = recipe
-        self.start, self.frames, config = parts(recipe)
+        self.start, self.frames, config = parts(recipe, planning)
         choices = {"action_heads": "none", "action_vocab": 0, "dropout": recipe.dropout}
         if self.start is None:
             choices["latent_head"] = recipe.latent_head
@@ -238,8 +238,18 @@ finetuned (`vipra train finetune --start`); `vipra imagine` shows what it expect
 """
 
 
+def held_out_episodes(keys: np.ndarray, share: float) -> np.ndarray:
+    """Which of `keys` ("dataset/episode") are held out, bool: those that the other stages hold out too."""
+    out = np.zeros(len(keys), bool)
+    dataset, names = np.array([str(key).split("/", 1) for key in keys]).T
+    for number in np.unique(dataset):
+        mine = dataset == number
+        out[mine] = held_out(list(names[mine]), share)
+    return out
+
+
 def plan(recipe: PretrainRecipe) -> Pretrain:
-    return Pretrain(recipe)
+    return Pretrain(recipe, planning=True)
 
 
 def build(recipe: PretrainRecipe, ranks: Ranks, run: Run) -> Pretrain:
@@ -248,7 +258,7 @@ def build(recipe: PretrainRecipe, ranks: Ranks, run: Run) -> Pretrain:
     stage = Pretrain(recipe)
     labels = Labels(recipe.labels, stage.frames, stage.config)
     stage.labels = labels
-    out = held_out(list(labels.keys), recipe.validation_share)[labels.episode]
+    out = held_out_episodes(labels.keys, recipe.validation_share)[labels.episode]
     stage.training = Rows(labels, np.flatnonzero(~out), recipe.seed)
     stage.held = np.flatnonzero(out)
     run.say(f"{len(labels.keys)} episodes, {(~out).sum()} frames; {out.sum()} frames held out")

@@ -88,6 +88,7 @@ class Run:
         self.folder, self.rank, self.steps, self.name = folder, rank, recipe.steps, recipe.stage
         self.console = Console(stderr=True, quiet=rank > 0)
         self.tensorboard = self.wandb = self.progress = None
+        self.stopped_by = 0  # signal that ended training early
         config = recipe.model_dump(mode="json")
         known = folder / "config.yaml"
         if known.is_file():

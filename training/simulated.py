@@ -24,10 +24,10 @@ from policy_server.images import fit
 from simulation import render, workcell
 from simulation.experts import circles
 from training import motions
+from training.truth import PLACES
 
 START_SPREAD_RAD = 0.08  # of an episode's first configuration about the cycle
 KINDS = ("circles", *motions.KINDS, "both")
-TRUTH = "truth.places"  # where the hands' fingertips and the things are: m, world
 _SUPERSAMPLING = 3  # of the picture's height, before it is made small
 _TRIES = 200
 _CRF = 14  # the pictures are small: compression that suits a camera would blur them
@@ -193,7 +193,7 @@ def write(
     """
     embodiment = load(Embodiment, robot.embodiment)
     features = demonstration.features(embodiment.names, image_size, image_size)
-    features[TRUTH] = layout.vector(truth_names(load(Workcell, robot.workcell)))
+    features[PLACES] = layout.vector(truth_names(load(Workcell, robot.workcell)))
     if (out / layout.INFO).is_file():
         writer = Writer(out, _CRF)
         rate = round(embodiment.rate_hz)
@@ -215,7 +215,7 @@ def write(
                     demonstration.ACTION: episode.actions[i],
                     demonstration.CAPTURE: np.array([i / embodiment.rate_hz]),
                     demonstration.SYNC: np.zeros(1, np.float32),
-                    TRUTH: episode.places[i],
+                    PLACES: episode.places[i],
                 }
                 writer.add(row, episode.task)
             writer.save()

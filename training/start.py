@@ -63,12 +63,20 @@ def size(name: str) -> ModelConfig:
     return SIZES[name]
 
 
-def parts(recipe) -> tuple[Start | None, Start, ModelConfig]:
+def planned(config: ModelConfig) -> Start:
+    """Sizes alone, and a vocabulary that only counts: for estimates, without a folder on disk."""
+    words = Tokenizer.train(["move the hand"], min(config.text_vocab, 300))
+    return Start(path=Path("planned"), config=config, tokenizer=words, hash="", tensors={})
+
+
+def parts(recipe, planning: bool = False) -> tuple[Start | None, Start, ModelConfig]:
     """(what the backbone starts from or None, what gives VQGAN and vocabulary, sizes) of a recipe with
-    `model`, `start` and `tokenizer`. Raises TrainingError or CheckpointError.
+    `model`, `start` and `tokenizer`; planning: neither is needed. Raises TrainingError or CheckpointError.
     """
     base = size(recipe.model)
     if not (recipe.start or recipe.tokenizer):
+        if planning:
+            return None, planned(base), base
         raise TrainingError(
             "no frame tokenizer: give --start CHECKPOINT, or --tokenizer with the one that "
             "`vipra train tokenizer` wrote"

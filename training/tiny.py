@@ -57,8 +57,8 @@ def together(commands: list[list[str]]) -> None:
 
 
 def datasets(demos: Path, videos: list[Path], strides: tuple[int, ...]) -> list[dict]:
-    found = [{"path": str(demos), "stride": stride, "weight": 2.0} for stride in strides]
-    return found + [{"path": str(video), "weight": 1.0} for video in videos]
+    found = [{"path": str(demos), "stride": stride} for stride in strides]
+    return found + [{"path": str(video), "weight": 0.25 * len(strides)} for video in videos]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Stage 0: the frame tokenizer (a small VQGAN) and the BPE vocabulary of every model that is not 7B.
 
 L1 reconstruction plus the quantisation losses, with unused codes restarted at seen latents. The L1
-term weighs each pixel by how much it varies over the dataset: the arms are a small part of a picture
+term weighs each pixel by how much it varies over its dataset: the arms are a small part of a picture
 that otherwise stands still. LPIPS only with real VGG weights: a random network would mean nothing.
 """
 
@@ -19,9 +19,10 @@ from models.latent_action.losses import load_lpips, perceptual_loss
 from models.policy import Policy
 from models.tokenizer import Tokenizer
 from models.vqgan import VQGAN
-from training import plots
+from training import plots, truth
+from training.data.augment import prepare
 from training.data.episode import DataError
-from training.data.sampling import Samples
+from training.data.sampling import Samples, held_out
 from training.data.windows import Clips
 from training.distributed import Ranks
 from training.loop import Batch, Stage, evaluate
@@ -33,19 +34,25 @@ TEXT_EPISODES = 20_000  # whose instructions teach the vocabulary
 
 
 class Reconstructor(nn.Module):
-    """VQGAN and its loss; keeps the last latents and codes for the restarts."""
+    """VQGAN and its loss; keeps the last latents, and which codes were used, for the restarts."""
 
     def __init__(self, vqgan: VQGAN, weight: Tensor, lpips: nn.Module | None, lpips_weight: float):
         super().__init__()
         self.vqgan, self.lpips_weight = vqgan, lpips_weight
-        self.register_buffer("weight", weight, persistent=False)  # [h, w], mean 1
+        self.register_buffer("weight", weight, persistent=False)  # [datasets, h, w], mean 1
+        self.register_buffer("used", torch.zeros(vqgan.config.codebook_size))  # since the last restart
+        self.recent = torch.zeros(vqgan.config.codebook_size)  # in this step, on this rank
         self.lpips = [lpips] if lpips else []  # a list hides it from the parameters
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         x = self.vqgan.to_input(batch["frames"][:, 0])
         out = self.vqgan(x)
-        self.latents, self.codes = out.latents.detach(), out.codes
-        losses = {"l1": ((out.reconstruction - x).abs() * self.weight).mean(), "quantisation": out.loss}
+        self.latents = out.latents.detach()
+        if self.training:
+            self.recent = self.recent.to(x.device)
+            self.recent.index_fill_(0, out.codes.flatten(), 1.0)
+        weight = self.weight[batch["dataset"]][:, None]
+        losses = {"l1": ((out.reconstruction - x).abs() * weight).mean(), "quantisation": out.loss}
         losses["loss"] = losses["l1"] + out.loss
         for network in self.lpips:
             pair = (t[:, None] / 2 + 0.5 for t in (out.reconstruction, x))
@@ -56,6 +63,7 @@ class Reconstructor(nn.Module):
 
 class TokenizerStage(Stage):
     sharded = False
+    truth: Path | None = None  # a dataset that says where things are
 
     def __init__(self, recipe: TokenizerRecipe, vqgan: VQGAN, weight: Tensor, lpips: nn.Module | None = None):
         self.recipe, self.vqgan = recipe, vqgan
@@ -69,18 +77,19 @@ class TokenizerStage(Stage):
 
     def example(self, count: int) -> Batch:
         side = self.vqgan.config.image_size
-        return {"frames": torch.zeros(count, 1, side, side, 3, dtype=torch.uint8, device="meta")}
+        frames = torch.zeros(count, 1, side, side, 3, dtype=torch.uint8, device="meta")
+        return {"frames": frames, "dataset": torch.zeros(count, dtype=torch.long, device="meta")}
 
     def after_step(self, step: int, ranks: Ranks) -> dict[str, float]:
-        recipe = self.recipe
+        recipe, module = self.recipe, self.module
+        module.used += torch.tensor(ranks.sum(module.recent.tolist()), device=module.used.device)
+        module.recent.zero_()
         if step % recipe.restart_every or step > recipe.restart_until * recipe.steps:
             return {}
-        latents, codes = (
-            torch.cat(ranks.gather(t.float().cpu() if t.is_floating_point() else t.cpu()))
-            for t in (self.module.latents, self.module.codes)
-        )
+        latents = torch.cat(ranks.gather(module.latents.float().cpu()))
         generator = torch.Generator().manual_seed(step)
-        moved = self.vqgan.restart_codes(latents.to(ranks.device), codes.to(ranks.device), generator)
+        moved = self.vqgan.restart_codes(latents.to(ranks.device), module.used.nonzero(), generator)
+        module.used.zero_()
         return {"codes_restarted": float(moved)}
 
     def validate(self, step: int, run: Run, ranks: Ranks, recipe: TokenizerRecipe) -> dict[str, float]:
@@ -103,10 +112,29 @@ class TokenizerStage(Stage):
             run.picture(step, "reconstruction", plots.tiles([list(frames), list(drawn)]))
         return {"l1": l1, "codes_used": float(np.count_nonzero(counts))}
 
+    def gate(self, run: Run) -> None:
+        """Say how far from the truth a linear probe of the tokens sees hands and things; gate.json."""
+
+        @torch.no_grad()
+        def tokens(frames: np.ndarray) -> np.ndarray:
+            device, side = next(self.vqgan.parameters()).device, self.vqgan.config.image_size
+            x = self.vqgan.to_input(torch.from_numpy(prepare(frames, side)).to(device))
+            codes = self.vqgan.encode(x).cpu()
+            return self.vqgan.quantize.embedding.weight.detach().float().cpu()[codes].flatten(1).numpy()
+
+        share = self.recipe.data.validation_share
+        found = truth.gate(self.truth, tokens, lambda keys: held_out(keys, share))
+        run.say(f"places read off the tokens by a linear probe, held-out episodes of {self.truth}:")
+        for name, (error, chance) in found.items():
+            run.say(f"  {name}: {error:.0f} mm off (always its mean place: {chance:.0f} mm)")
+        run.write("gate.json", json.dumps(found, indent=1))
+
     def export(self, folder: Path, run: Run, ranks: Ranks) -> str | None:
         """A checkpoint that gives its VQGAN and vocabulary; its backbone is random."""
         if not ranks.first:
             return None
+        if self.truth:
+            self.gate(run)
         # in half the bytes, exactly: rounding later would flip codes
         weights = {name: p.detach().bfloat16().float() for name, p in self.vqgan.named_parameters()}
         config = dataclasses.replace(size(self.recipe.model), action_heads="none", action_vocab=0)
@@ -148,10 +176,17 @@ def pictures(decoded: Tensor) -> np.ndarray:
 
 
 def spread(samples: Samples) -> Tensor:
-    """How much each pixel varies, [h, w] with mean 1, within .3 and 5."""
-    frames = np.stack([samples.sample(n)["frames"][0] for n in range(SPREAD_SAMPLES)])
-    varies = torch.from_numpy(frames.std(0).mean(-1)).float()
-    return (varies / varies.mean().clamp(min=1e-6)).clamp(0.3, 5.0)
+    """How much each pixel varies in each dataset, [datasets, h, w] of mean 1, within .3 and 5."""
+    seen = [[] for _ in samples.readers]
+    for n in range(SPREAD_SAMPLES):
+        sample = samples.sample(n)
+        seen[sample["dataset"]].append(sample["frames"][0])
+    side = samples.window.size
+    varies = torch.ones(len(seen), side, side)
+    for i, frames in enumerate(seen):
+        if len(frames) > 1:
+            varies[i] = torch.from_numpy(np.stack(frames).std(0).mean(-1))
+    return (varies / varies.mean((1, 2), keepdim=True).clamp(min=1e-6)).clamp(0.3, 5.0)
 
 
 def instructions(samples: Samples) -> list[str]:
@@ -175,7 +210,7 @@ def vocabulary(tasks: list[str], count: int) -> Tokenizer:
 
 def plan(recipe: TokenizerRecipe) -> TokenizerStage:
     config = size(recipe.model).vqgan
-    return TokenizerStage(recipe, VQGAN(config), torch.ones(config.image_size, config.image_size))
+    return TokenizerStage(recipe, VQGAN(config), torch.ones(1, config.image_size, config.image_size))
 
 
 def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:
@@ -183,7 +218,7 @@ def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:
     window = Clips(frames=1, size=config.vqgan.image_size)
     training = Samples(recipe.data, window, recipe.seed, recipe.augmentation)
     side = config.vqgan.image_size
-    weight = spread(training) if recipe.motion_weight else torch.ones(side, side)
+    weight = spread(training) if recipe.motion_weight else torch.ones(len(training.readers), side, side)
     lpips = load_lpips(recipe.lpips_weights) if recipe.lpips and recipe.lpips_weights else None
     if recipe.lpips and lpips is None:
         run.say("LPIPS term is off: no lpips_weights given")
@@ -194,4 +229,6 @@ def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:
     held = recipe.data.validation_share > 0
     stage.held = Samples(recipe.data, window, recipe.seed, subset="validation") if held else training
     stage.words = vocabulary(instructions(training), config.text_vocab)
+    if held:
+        stage.truth = truth.generated(dataset.path for dataset in recipe.data.datasets)
     return stage
