@@ -13,7 +13,7 @@ from config.recording import Quality
 from config.safety import JointRange
 
 _BLOCK = 16  # px
-_HELD_RAD = 0.02  # an arm that moved less over a gap in time was held: recording was paused
+_HELD_RAD, _PAUSE_S = 0.02, 0.5  # an arm that moved less over a longer gap was held: a pause
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ def inspect(trace: Trace, quality: Quality, limits: JointRange | None = None) ->
     return sorted(found, key=lambda f: f.first)
 
 
+def summary(findings: Sequence[Finding]) -> str:
+    """One line: the first finding of each kind, and how many more of it there are."""
+    kinds: dict[str, list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.kind, []).append(finding)
+    more = {kind: f" and {len(found) - 1} more" if len(found) > 1 else "" for kind, found in kinds.items()}
+    return ", ".join(found[0].text + more[kind] for kind, found in kinds.items())
+
+
 def _at(trace: Trace, first: int, last: int) -> str:
     return f"{first / trace.fps:.1f} to {(last + 1) / trace.fps:.1f} s"
 
@@ -105,6 +114,7 @@ def _times(trace: Trace, quality: Quality) -> list[Finding]:
         if i and step[i - 1] <= 0:  # the end of dropped frames, told already
             continue
         held = np.abs(trace.state[i + 1] - trace.state[i])[trace.joints].max(initial=0) < _HELD_RAD
+        held &= bool(step[i] > _PAUSE_S)
         kind = "pause" if held else "gap"
         text = f"{kind} of {1000 * step[i]:.0f} ms between two pictures at {(i + 1) / trace.fps:.1f} s"
         found.append(Finding(kind, text, i, i + 1, problem=not held))

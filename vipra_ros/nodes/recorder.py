@@ -26,6 +26,7 @@ from std_srvs.srv import Trigger
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
 from config.recording import Quality, Recording
+from episodes import quality
 from episodes.layout import EpisodesError
 from simulation.state import StateError
 from vipra_ros.clock import make_clock, to_stamp
@@ -38,7 +39,6 @@ from vipra_ros.robot.commands import joint_names
 
 POLL_S = 0.01
 STATUS_S = 0.2
-_ERRORS = 3  # findings named in the status
 
 
 class RecorderNode(Node):
@@ -195,14 +195,14 @@ class RecorderNode(Node):
             "length_s": f"{session.length_s:.2f}",
             "repeated": session.repeated,
             "last_length_s": f"{length:.2f}",
-            "last_findings": "; ".join(f.text for f in findings),
+            "last_findings": quality.summary(findings),
             "flagged": str(bool(session.flags) and session.state is State.PENDING).lower(),
-            "warnings": "; ".join(warnings[:_ERRORS]),
+            "warnings": "; ".join(warnings),
             "sync_p99_ms": f"{session.sync_p99_ms():.2f}",
             "waiting": worker.waiting,
         }
         level = DiagnosticStatus.WARN if warnings else DiagnosticStatus.OK
-        message = "; ".join((session.message, *warnings[:_ERRORS]))
+        message = "; ".join((session.message, *warnings))
         status = DiagnosticStatus(level=level, name="recorder", message=message, hardware_id=str(self._root))
         status.values = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
         return status

@@ -130,7 +130,7 @@ def line(values: Mapping[str, str]) -> str:
     parts.append(f"sync p99 {float(values['sync_p99_ms']):.1f} ms")
     if values["repeated"] != "0":
         parts.append(f"{values['repeated']} pictures lost")
-    if values["warnings"]:
+    if values["warnings"]:  # what is wrong now; of the last episode, the line above tells
         parts.append(f"! {values['warnings']}")
     return "  ".join(parts)
 

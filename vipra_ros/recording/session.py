@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from config.recording import Recording
+from episodes import quality
 from episodes.quality import Finding
 from vipra_ros.recording.synchronizer import Synchronizer
 from vipra_ros.recording.worker import Worker
@@ -94,7 +95,7 @@ class Session:
         if self.flags and not self._asked:
             self._asked = True
             raise Refused(
-                f"flagged: {self._told(self.flags)}: keep again to keep it all the same, or discard"
+                f"flagged: {quality.summary(self.flags)}: keep again to keep it all the same, or discard"
             )
         self._save()
         return "saving"
@@ -180,8 +181,6 @@ class Session:
             found.append(f"arms {self._arms[0]}: {self._arms[1]}")
         if self._worker.error:
             found.append(self._worker.error)
-        if self.state is State.PENDING:
-            found += [f.text for f in self.last[1]]
         return found
 
     def _need(self, state: State, verb: str) -> None:
@@ -263,7 +262,7 @@ class Session:
     def _verdict(self) -> str:
         length, findings = self.last
         text = f"{length:.1f} s: keep or discard?"
-        return f"{self._told(findings)}; {text}" if findings else text
+        return f"{quality.summary(findings)}; {text}" if findings else text
 
     def _save(self) -> None:
         self.state, self.message = State.SAVING, "saving"
@@ -292,6 +291,3 @@ class Session:
         if now - self._disk_at > _DISK_EVERY_S:
             self._disk_at, self._free_mb = now, self._free_bytes(self._root) / 1e6
         return self._free_mb
-
-    def _told(self, findings: list[Finding]) -> str:
-        return ", ".join(f.text for f in findings)
