@@ -1,6 +1,10 @@
 """Each script runs at its smallest and writes the rows it promises. No time is judged."""
 
 import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +118,29 @@ def test_the_gpu_command_reports_a_failed_step_and_the_time_that_is_left(tmp_pat
     assert "device: failed with status 2" in capfd.readouterr().out
     assert gpu.main([*options, "--only", "batching", "--minutes", "0"]) == 1
     assert "batching: out of time: run this command again" in capfd.readouterr().out
+
+
+def test_on_a_gpu_no_step_starts_that_might_not_end_in_time(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("device", "benchmarks.device", 121),))
+    assert gpu.main(["--out", str(tmp_path), "--minutes", "2"]) == 1
+    assert "device: out of time: run this command again" in capfd.readouterr().out
+
+
+def test_a_step_that_is_stopped_takes_along_what_it_started(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']);"
+        f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    )
+    monkeypatch.setattr(gpu, "command", lambda *_: [sys.executable, "-c", code])
+    arguments = SimpleNamespace(out=tmp_path)
+    assert gpu.run(gpu.STEPS[1], arguments, 3.0, tmp_path / "site") == "stopped after 3 s"
+    state = Path(f"/proc/{child.read_text()}/stat")
+    for _ in range(100):  # killed; gone or waiting to be reaped
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the child of a stopped step still runs")
 
 
 def test_targets_are_read_from_results():
