@@ -33,7 +33,7 @@ released files:
   vqgan  the file vqgan of either -> a frame tokenizer for `vipra train ... --tokenizer`
   laq    Hugging Face vipra-project/vipra-laq, the PyTorch file -> `vipra label`, `vipra analyze`
 
-  huggingface-cli download LargeWorldModel/LWM-Chat-1M-Jax --local-dir lwm
+  hf download LargeWorldModel/LWM-Chat-1M-Jax --local-dir lwm
   vipra convert lwm lwm checkpoints/lwm
 """
 SOURCES = {  # names under which the weights are released, in a folder given instead of a file
