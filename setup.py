@@ -90,7 +90,7 @@ EXTRAS = {
         "setuptools>=64,<80",  # colcon calls setup.py, and later versions dropped what it needs
     ],
 }
-NODES = ("camera", "arms", "policy", "teleop", "recorder")
+NODES = ("camera", "arms", "policy", "teleop", "recorder", "evaluation")
 
 
 def share_files():

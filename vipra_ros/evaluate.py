@@ -13,7 +13,7 @@ from config.robot import PolicyClient as PolicyConfig
 from config.task import Task
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
-from vipra_ros.evaluation.ledger import Key, Ledger, write_atomically
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, write_atomically
 
 EXPERT = "expert"
 CACHE = Path.home() / ".cache" / "vipra_ros"
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="WHICH",
         help="checkpoint folder, file in config/policies, address of a running server (tcp://...), or expert",
     )
-    parser.add_argument("--seeds", type=_seeds, metavar="A:B", help="trials A to B - 1")
+    parser.add_argument("--seeds", metavar="A:B", help="trials A to B - 1")
     parser.add_argument("--split", choices=("seen", "unseen", "both"), default="seen")
     parser.add_argument("--out", type=Path, help="folder of the report; an evaluation there goes on")
     parser.add_argument(
@@ -77,17 +77,15 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(given, name) is None:
             parser.error(f"{'TASK' if name == 'task' else '--' + name} is missing")
     task = load(Task, given.task)
-    limit_s = task.time_limit_s if given.time_limit is None else given.time_limit
-    if not 0 < limit_s <= 600:
-        parser.error(f"--time-limit {limit_s:g}: must be above 0 and at most 600 s")
+    limit_s = limit_of(task, given.time_limit)
     if not 0 <= given.latency_ms <= 5000:
         parser.error(f"--latency-ms {given.latency_ms:g}: 0 to 5000")
-    splits = ("seen", "unseen") if given.split == "both" else (given.split,)
-    wanted = [Key(split, seed) for split in splits for seed in given.seeds]
+    wanted = keys_of(given.seeds, given.split)
     if given.operator:
-        from vipra_ros.evaluation.live import run
+        from vipra_ros.evaluation.live import run_at_keyboard
 
-        return run(task, given.policy, given.robot or f"franka_{task.workcell}", wanted, limit_s, given.out)
+        robot = given.robot or f"franka_{task.workcell}"
+        return run_at_keyboard(task, given.policy, robot, wanted, limit_s, given.out)
     from vipra_ros.process import signals_raise
 
     with signals_raise():
@@ -99,10 +97,11 @@ def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: lis
     from vipra_ros.evaluation import served
     from vipra_ros.evaluation.lockstep import Stage
 
-    robot = load(Robot, given.robot or f"sim_{task.workcell}")
+    name = given.robot or f"sim_{task.workcell}"
+    robot = load(Robot, name)
     if not robot.simulation or robot.workcell != task.workcell:
         raise ConfigError(
-            f"{given.robot} has workcell {robot.workcell}{'' if robot.simulation else ', not simulated'}: "
+            f"{name} has workcell {robot.workcell}{'' if robot.simulation else ', not simulated'}: "
             f"{task.name} needs a simulated robot in workcell {task.workcell}"
         )
     settings = {
@@ -110,7 +109,7 @@ def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: lis
         "policy": given.policy,
         "time_limit_s": limit_s,
         "trials": "lockstep simulation",
-        "robot": given.robot or f"sim_{task.workcell}",
+        "robot": name,
     }
     stage = Stage(robot, CACHE)
     try:
@@ -181,11 +180,23 @@ def _compare(a: Path, b: Path, out: Path | None) -> int:
     return 0
 
 
-def _seeds(text: str) -> range:
-    first, colon, last = text.partition(":")
-    if colon and first.isdigit() and last.isdigit() and int(first) < int(last):
-        return range(int(first), int(last))
-    raise argparse.ArgumentTypeError(f"{text!r} is not A:B with A below B, such as 0:50")
+def keys_of(seeds: str, split: str) -> list[Key]:
+    """Trials of "A:B" in "seen", "unseen" or "both". Raises EvaluationError."""
+    first, colon, last = seeds.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise EvaluationError(f"seeds {seeds!r} is not A:B with A below B, such as 0:50")
+    if split not in ("seen", "unseen", "both"):
+        raise EvaluationError(f"split {split!r} is not seen, unseen or both")
+    splits = ("seen", "unseen") if split == "both" else (split,)
+    return [Key(one, seed) for one in splits for seed in range(int(first), int(last))]
+
+
+def limit_of(task: Task, given_s: float | None) -> float:
+    """The task's time limit, or the one given, s. Raises EvaluationError."""
+    limit_s = task.time_limit_s if given_s is None else given_s
+    if not 0 < limit_s <= 600:
+        raise EvaluationError(f"time limit {limit_s:g} s: must be above 0 and at most 600")
+    return limit_s
 
 
 def _say(line: str) -> None:

@@ -241,22 +241,23 @@ def resample(arms: list[list[tuple[float, np.ndarray]]], rate_hz: float) -> tupl
     return times, np.stack(columns, axis=1)
 
 
-def run(task: Task, policy: str, robot: str, wanted: list[Key], limit_s: float, out: Path) -> int:
-    """`vipra evaluate --operator`; 0 when every trial is scored, 1 when some are left for later."""
+def run(
+    task: Task,
+    policy: str,
+    robot: str,
+    wanted: list[Key],
+    limit_s: float,
+    out: Path,
+    keys: Iterable[str],
+    tell: Callable[[str], None],
+    ask: Callable[[], str] = lambda: "",
+) -> int:
+    """Trials on the running graph; 0 when every one is scored, 1 when some are left for later."""
     from vipra_ros.monitor import Monitor
     from vipra_ros.process import ProcessError, signals_raise, wait_for
-    from vipra_ros.recording.keyboard import raw_keys, read_key
 
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
     arms = tuple(load(Robot, robot).arms)
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    def pressed():
-        while True:
-            key = read_key(0.05)
-            yield "q" if key == "\x04" else key
 
     with signals_raise(), Monitor() as monitor:
         status = wait_for(lambda: monitor.status("policy"), 10.0, "the policy node's status: is the robot up")
@@ -273,18 +274,32 @@ def run(task: Task, policy: str, robot: str, wanted: list[Key], limit_s: float, 
         session = Session.resume(tuple(wanted), limit_s, done)
         rig = GraphRig(monitor, arms)
         try:
-            with raw_keys():
-                session = drive(session, trials, ledger, rig, pressed(), say, _line, time.monotonic)
+            session = drive(session, trials, ledger, rig, keys, tell, ask, time.monotonic)
         except KeyboardInterrupt:
-            say("interrupted: the trial that ran does not count")
+            tell("interrupted: the trial that ran does not count")
         finally:
             try:
                 rig.stop()
             except ProcessError as error:
-                say(f"the policy could not be stopped: {error}")
+                tell(f"the policy could not be stopped: {error}")
             report = reports.write(ledger, settings, [f"Scoring: {task.protocol.scoring}"])
-            say(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
+            tell(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
     return 0 if session.phase is Phase.DONE else 1
+
+
+def run_at_keyboard(task: Task, policy: str, robot: str, wanted: list[Key], limit_s: float, out: Path) -> int:
+    """`vipra evaluate --operator`."""
+    from vipra_ros.recording.keyboard import raw_keys, read_key
+
+    def pressed():
+        while True:
+            key = read_key(0.05)
+            yield "q" if key == "\x04" else key
+
+    with raw_keys():
+        return run(
+            task, policy, robot, wanted, limit_s, out, pressed(), lambda s: print(s, flush=True), _line
+        )
 
 
 def _line() -> str:

@@ -139,9 +139,7 @@ def test_the_expert_is_evaluated_by_the_command(tmp_path):
     ("argv", "said"),
     [
         (["stack_cups", "--policy", "expert", "--out", "x"], "--seeds is missing"),
-        (["stack_cups", "--policy", "expert", "--seeds", "5:5", "--out", "x"], "not A:B"),
         (["--policy", "expert", "--seeds", "0:1", "--out", "x"], "TASK is missing"),
-        (["stack_cups", "--policy", "p", "--seeds", "0:1", "--out", "x", "--time-limit", "0"], "above 0"),
     ],
 )
 def test_what_is_missing_is_named(argv, said, capsys):
@@ -150,3 +148,20 @@ def test_what_is_missing_is_named(argv, said, capsys):
     with pytest.raises(SystemExit):
         main(argv)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--seeds", "5:5"], "'5:5' is not A:B"),
+        (["--seeds", "0:1", "--time-limit", "0"], "time limit 0 s: must be above 0"),
+        (
+            ["--seeds", "0:1", "--robot", "sim_bimanual"],
+            "sim_bimanual has workcell bimanual: stack_cups needs",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_starts(more, said, tmp_path):
+    argv = [sys.executable, "-m", "vipra_ros.cli", "evaluate", "stack_cups", "--policy", "nobody"]
+    done = subprocess.run([*argv, "--out", str(tmp_path / "x"), *more], capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr and not (tmp_path / "x").exists()
