@@ -79,10 +79,13 @@ EXTRAS = {
         "torchvision>=0.29",
         "transformers>=5.23",
     ],
+    # What the recorder writes with raw:=true.
+    "raw": ["mcap>=1.6"],
     "test": [
         "colcon-common-extensions>=0.3",
         "hypothesis>=6.170",
         "import-linter>=2.16",
+        "mcap-ros2-support>=0.6",
         "pytest>=9.2",
         "pytest-timeout>=2.4",
         "ruff>=0.17",

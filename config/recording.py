@@ -22,7 +22,8 @@ class Recording(Strict):
     )
     reserve_mb: int = Field(500, ge=0, description="free disk below which an episode is ended, MB")
     raw: bool = Field(
-        False, description="also every message as <dataset>/raw/<time>.mcap; needs the package mcap"
+        False,
+        description="also every message but pictures as <dataset>/raw/<time>.mcap; needs the package mcap",
     )
 
 

@@ -8,6 +8,7 @@ waits for a disk. Timers run on the steady clock and stamps are executor time.
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
@@ -29,9 +31,11 @@ from config.recording import Quality, Recording
 from episodes import quality
 from episodes.layout import EpisodesError
 from simulation.state import StateError
-from vipra_ros.clock import make_clock, to_stamp
+from vipra_ros.clock import make_clock
+from vipra_ros.nodes.messages import seconds, stamp
 from vipra_ros.parameters import declare, declare_robot, revise
 from vipra_ros.process import die_with_parent, signals_raise
+from vipra_ros.recording.raw import RawLog
 from vipra_ros.recording.session import Refused, Session, State
 from vipra_ros.recording.synchronizer import Synchronizer
 from vipra_ros.recording.worker import Worker, open_writer
@@ -96,6 +100,8 @@ class RecorderNode(Node):
                     lambda message, arm=arm, add=add: self._on_joints(arm, message, add),
                     samples,
                 )
+        if self._config.raw:
+            self._log_raw(tuple(hands), samples)
         session = self._session
         for verb, action in {
             "start": lambda: session.start(self._executor_clock.now()),
@@ -118,6 +124,24 @@ class RecorderNode(Node):
         self._resources.close()
         super().destroy_node()
 
+    def _log_raw(self, arms: tuple[str, ...], qos: QoSProfile) -> None:
+        """Everything but the pictures also goes to `raw/<time>.mcap`, from start to end."""
+        topics = {"/arms/status": DiagnosticStatus, "/front_camera/camera_info": CameraInfo}
+        for arm in arms:
+            topics |= {f"/{arm}/joint_{kind}": JointState for kind in ("states", "reference")}
+            topics[f"/{arm}/joint_command"] = JointTrajectory
+        log = RawLog(self._root / "raw" / f"{time.strftime('%Y%m%d-%H%M%S')}.mcap", topics)
+        self._resources.callback(log.close)
+        for topic, kind in topics.items():
+            best_effort = qos_profile_sensor_data if kind is CameraInfo else qos
+            self.create_subscription(
+                kind,
+                topic,
+                lambda data, topic=topic: log.add(topic, data, self._executor_clock.now()),
+                best_effort,
+                raw=True,
+            )
+
     # --- ROS to session
 
     def _on_image(self, message: Image) -> None:
@@ -130,7 +154,7 @@ class RecorderNode(Node):
             )
             return
         rgb = np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
-        self._synchronizer.add_picture(rgb, _seconds(message.header.stamp))
+        self._synchronizer.add_picture(rgb, seconds(message.header.stamp))
 
     def _on_joints(self, arm: str, message: JointState, add) -> None:
         names = self._names[arm]
@@ -140,7 +164,7 @@ class RecorderNode(Node):
                 throttle_duration_sec=5.0,
             )
             return
-        add(arm, _seconds(message.header.stamp), np.array(message.position))
+        add(arm, seconds(message.header.stamp), np.array(message.position))
 
     def _on_arms(self, message: DiagnosticStatus) -> None:
         state = next((v.value for v in message.values if v.key == "state"), "")
@@ -209,12 +233,8 @@ class RecorderNode(Node):
 
     def _diagnose(self) -> None:
         message = DiagnosticArray(status=[self._make_status()])
-        message.header.stamp.sec, message.header.stamp.nanosec = to_stamp(self._executor_clock.now())
+        message.header.stamp = stamp(self._executor_clock.now())
         self._diagnostics.publish(message)
-
-
-def _seconds(stamp) -> float:
-    return stamp.sec + 1e-9 * stamp.nanosec
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         "--robot", default="sim_bimanual", help="file in config/robots (default: %(default)s)"
     )
     parser.add_argument("--keep-clean", action="store_true", help="keep at once what has no warning")
-    parser.add_argument("--raw", action="store_true", help="also every message as MCAP")
+    parser.add_argument("--raw", action="store_true", help="also every message but pictures as MCAP")
     said = parser.parse_args(argv)
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     from vipra_ros.monitor import Monitor
