@@ -141,6 +141,9 @@ def main() -> None:
         action="append",
         help="further videos for stages 0 to 2 (default: Bridge's sample)",
     )
+    parser.add_argument(
+        "--label-episodes", type=int, help="label the first n generated episodes (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="e.g. finetune.steps=50"
@@ -171,7 +174,9 @@ def main() -> None:
     tokenizer = ["--tokenizer", str(out / NAMES["tokenizer"])]
     if not done(out / "labels"):
         mixture = out / "label.yaml"
-        mixture.write_text(yaml.safe_dump({"datasets": datasets(demos, videos, (SLOW,))}))
+        chosen = datasets(demos, videos, (SLOW,))
+        chosen[0] |= {"max_episodes": args.label_episodes}
+        mixture.write_text(yaml.safe_dump({"datasets": chosen}))
         sources = ["--mixture", str(mixture), "--latent", str(out / NAMES["latent"]), *tokenizer]
         spread = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vipra_ros.cli"]
         together([[*spread, "label", *sources, "--out", str(out / "labels")]])

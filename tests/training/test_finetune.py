@@ -82,7 +82,7 @@ def frame_tokenizer(tmp_path_factory) -> str:
             if len(torch.cat([codes[[0, *range(9)]], codes], 1).unique(dim=0)) == 10:
                 break  # every pair (o_{t-1}, o_t) is told from every other
     plan = TokenizerRecipe(**{**recipe("").model_dump(include=SHARED), "stage": "tokenizer"})
-    stage = TokenizerStage(plan, vqgan, torch.ones(32, 32))
+    stage = TokenizerStage(plan, vqgan, torch.ones(1, 32, 32))
     stage.words = vocabulary(["put the cup away", "move"], SMALL.text_vocab)
     folder = tmp_path_factory.mktemp("tokenizer") / "out"
     with pytest.MonkeyPatch.context() as patch:

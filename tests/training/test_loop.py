@@ -3,15 +3,18 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 
-from training import distributed
+from training import cli, distributed
 from training.run import TrainingError
 
 HERE = Path(__file__).parent
@@ -76,12 +79,37 @@ def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tm
     assert all(torch.allclose(weights[name], w, atol=1e-5) for name, w in reference[0].items())
 
 
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(reference, tmp_path):
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(reference, tmp_path, capfd):
     finished, _ = toy.run(tmp_path, 20, toy.Toy(stop_at=7))
     assert not finished
+    said = "".join(capfd.readouterr().err.split())
+    assert f"stoppedbySIGTERMafterstep7:thesamecommandwith--run{tmp_path}goeson" in said
     assert [step for step, _ in distributed.checkpoints(tmp_path / "checkpoints")] == [5, 7]
     _, weights = toy.run(tmp_path, 20, toy.Toy())
     assert same(weights, reference[0])
+
+
+def test_a_stopped_command_exits_with_the_signals_status_and_writes_no_result(tmp_path):
+    stage = toy.Toy(stop_at=3)
+    stage.samples = toy.Samples
+    module = SimpleNamespace(build=lambda *_: stage)
+    plan = toy.recipe(20, data={"datasets": [{"path": "unused"}]})
+    options = {"dry_run": False, "device": "cpu", "run": tmp_path / "run", "wandb": False}
+    with pytest.raises(typer.Exit) as stopped:
+        cli.execute(plan, module, tmp_path / "out", options)
+    assert stopped.value.exit_code == 143 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["pretrain pretrain_paper", "finetune finetune_lora"])
+def test_a_7b_run_is_planned_without_any_folder(command, capsys):
+    """Adapters on a bf16 backbone fit a 24 GB card; all weights and AdamW's moments do not."""
+    planned = [*command.split(), "--dry-run", "--gpu-memory", "24", "--gpu-tflops", "165"]
+    status = cli.main(planned)
+    shown = capsys.readouterr().out
+    assert status == (0 if "lora" in command else 1)
+    assert ("DOES NOT FIT" in shown) == ("lora" not in command)
+    parameters = float(re.search(r"parameters\D+([\d,.]+) M", shown)[1].replace(",", ""))
+    assert 6.7e3 < parameters < 7.0e3
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_loadable(reference, tmp_path):

@@ -59,7 +59,7 @@ def made(tmp_path) -> SimpleNamespace:
             cv2.imwrite(str(tmp_path / "data" / f"episode_{e}" / f"{t:04d}.png"), picture)
     torch.manual_seed(0)
     latent_folder.save(tmp_path / "latent", LatentActionModel(latent_config.SIZES["laq_tiny"]))
-    stage = TokenizerStage(TokenizerRecipe(stage="tokenizer", **COMMON), VQGAN(VQ), torch.ones(16, 16))
+    stage = TokenizerStage(TokenizerRecipe(stage="tokenizer", **COMMON), VQGAN(VQ), torch.ones(1, 16, 16))
     stage.words = vocabulary(["move"], SMALL.text_vocab)
     stage.export(tmp_path / "tokenizer", SimpleNamespace(last=dict), SimpleNamespace(first=True))
     data = Mixture(datasets=(DatasetConfig(path=str(tmp_path / "data"), rate_hz=5),))

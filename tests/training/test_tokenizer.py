@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from config.training import TokenizerRecipe
+from episodes import demonstration, layout
+from episodes.writer import Writer
 from models import checkpoint
 from models.config import SIZES, VQGANConfig
-from training import distributed, loop, start, tokenizer
+from training import distributed, loop, start, tokenizer, truth
+from training.data.sampling import held_out
 from training.run import Run
 
 VQ = VQGANConfig(16, (8, 16), 1, 8, 32, norm_groups=4)
@@ -69,3 +72,32 @@ def test_training_beats_the_mean_picture_and_the_export_keeps_its_codes(ranks, t
     x = loaded.vqgan.to_input(torch.from_numpy(frames[:32]))
     assert torch.equal(loaded.vqgan.encode(x), exported.vqgan().encode(x))
     assert all(torch.equal(p, p.bfloat16().float()) for p in loaded.vqgan.parameters())
+
+
+def test_the_gate_reads_places_off_tokens_that_hold_them_and_not_off_noise(tmp_path):
+    rng = np.random.default_rng(0)
+    features = demonstration.features(["a"], 16, 16)
+    features[truth.PLACES] = layout.vector(["cup_x", "cup_y", "cup_z"])
+    with Writer.create(tmp_path / "made", 15, features, "toy") as writer:
+        for _ in range(10):
+            for _ in range(20):
+                x, y = rng.integers(12, size=2)
+                frame = np.full((16, 16, 3), 30, np.uint8)
+                frame[y : y + 4, x : x + 4] = 220
+                row = {truth.PLACES: np.float32([x / 100, y / 100, 0]), demonstration.CAMERA: frame}
+                row |= {k: np.zeros(1, features[k]["dtype"]) for k in features if k not in row}
+                writer.add(row, "move")
+            writer.save()
+    path = truth.generated([str(tmp_path), str(tmp_path / "made")])
+    assert path == tmp_path / "made"
+
+    def centre(frames: np.ndarray) -> np.ndarray:
+        bright = frames.mean(-1) > 125
+        return np.stack([bright.any(axis).argmax(1) for axis in (1, 2)], 1).astype(float)
+
+    def split(keys):
+        return held_out(keys, 0.3)
+
+    seen, guessed = truth.gate(path, centre, split)["cup"]
+    blind, _ = truth.gate(path, lambda frames: rng.normal(size=(len(frames), 2)), split)["cup"]
+    assert seen < 1 and guessed > 20 and abs(blind / guessed - 1) < 0.3
