@@ -35,6 +35,8 @@ HEAVY = ("torch", "rclpy", "mujoco", "franky", "pinocchio", "coal", "cv2", "av",
         ("vipra_ros.nodes.camera", ("torch", "triton", "diffusers")),
         ("vipra_ros.nodes.arms", ("torch", "triton", "diffusers", "mujoco")),
         ("vipra_ros.nodes.policy", ("torch", "triton", "diffusers", "mujoco")),
+        ("vipra_ros.nodes.teleop", ("torch", "triton", "diffusers", "mujoco")),
+        ("vipra_ros.nodes.recorder", ("torch", "triton", "diffusers", "mujoco")),
     ],
 )
 def test_module_pulls_in_nothing_its_machine_lacks(module, light):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NODES = ("vipra_camera", "vipra_arms", "vipra_policy", "vipra_policy_server", "vipra_simulator", "vipra")
+NODES = ("camera", "arms", "policy", "teleop", "recorder", "policy_server", "simulator")
+PROGRAMS = {"vipra", *(f"vipra_{name}" for name in NODES)}
 LAUNCH = {path.name for path in (ROOT / "launch").glob("*.launch.py")}
 
 
@@ -62,7 +63,7 @@ def test_pip_install_finds_its_configuration_and_puts_commands_on_the_path(sourc
     assert Path(found) == share
     assert set(embodiments.split()) == {"franka_bimanual", "franka_single"}
     assert {p.name for p in (share / "launch").glob("*.py")} == LAUNCH
-    assert {p.name for p in (target / "bin").iterdir()} >= set(NODES)
+    assert {p.name for p in (target / "bin").iterdir()} >= PROGRAMS
     checkpoints = {p.relative_to(ROOT) for p in (ROOT / "checkpoints").rglob("*") if p.is_file()}
     assert all((share / p).is_file() for p in checkpoints)
 
@@ -87,7 +88,7 @@ def test_colcon_build_puts_files_where_ros2_looks(source, tmp_path, symlink):
     assert (prefix / "share/vipra_ros/config/robots/sim_bimanual.yaml").is_file()
     assert (prefix / "share/vipra_ros/package.xml").is_file()
     assert (prefix / "share/ament_index/resource_index/packages/vipra_ros").is_file()
-    for name in NODES:
+    for name in PROGRAMS:
         executable = prefix / "lib/vipra_ros" / name
         assert executable.is_file() and os.access(executable, os.X_OK), name
     shebang = (prefix / "lib/vipra_ros/vipra_arms").read_text().splitlines()[0]

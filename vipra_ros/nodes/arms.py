@@ -16,7 +16,6 @@ import threading
 import traceback
 
 import rclpy
-from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
@@ -33,8 +32,9 @@ from config.robot import Robot
 from config.safety import Safety
 from config.workcell import Workcell
 from simulation.state import StateError
-from vipra_ros.clock import make_clock, to_stamp
+from vipra_ros.clock import make_clock
 from vipra_ros.execution.chunk import Chunk, Rejected
+from vipra_ros.nodes.messages import stamp as to_time
 from vipra_ros.parameters import declare_robot, declare_run_dir
 from vipra_ros.process import die_with_parent
 from vipra_ros.robot.commands import Assembler, Tag, check_part, joint_names
@@ -203,7 +203,7 @@ class ArmsNode(Node):
     def _publish(self) -> None:
         core = self._executor_core
         t, states = core.measured()
-        stamp = _stamp(t)
+        stamp = to_time(t)
         for name, (state, opening) in states.items():
             message = JointState(name=joint_names(name, opening is not None))
             message.header.stamp = stamp
@@ -237,7 +237,7 @@ class ArmsNode(Node):
         t, arms = commanded
         for name, (q, dq, opening) in arms.items():
             message = JointState(name=joint_names(name, opening is not None))
-            message.header.stamp = _stamp(t)
+            message.header.stamp = to_time(t)
             message.header.frame_id = f"{name}_fr3_link0"
             message.position = array.array("d", (*q, *(() if opening is None else (opening,))))
             message.velocity = array.array("d", (*dq, *(() if opening is None else (0.0,))))
@@ -278,7 +278,7 @@ class ArmsNode(Node):
 
     def _diagnose(self) -> None:
         message = DiagnosticArray(status=[self._make_status()])
-        message.header.stamp = _stamp(self._executor_clock.now())
+        message.header.stamp = to_time(self._executor_clock.now())
         self._diagnostics.publish(message)
 
     def _collect_garbage(self) -> None:
@@ -294,11 +294,6 @@ def _answer(response: Trigger.Response, action) -> Trigger.Response:
     except Rejected as error:
         response.success, response.message = False, f"{error.code}: {error}"
     return response
-
-
-def _stamp(t: float) -> Time:
-    sec, nanosec = to_stamp(t)
-    return Time(sec=sec, nanosec=nanosec)
 
 
 def _interruptible(work) -> None:

@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, field
 
 import rclpy
-from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
@@ -27,7 +26,8 @@ from config.loading import ConfigError
 from simulation.state import StateError
 from vipra_ros.cameras.source import CameraError, EndOfSource, Frame, FreezeDetector, Intrinsics, make_source
 from vipra_ros.cameras.transport import room_for_pictures
-from vipra_ros.clock import make_clock, to_stamp
+from vipra_ros.clock import make_clock
+from vipra_ros.nodes.messages import stamp as to_time
 from vipra_ros.parameters import declare_robot
 from vipra_ros.process import die_with_parent
 
@@ -155,7 +155,7 @@ class CameraNode(Node):
                 self._report(DiagnosticStatus.OK, "streaming")
 
     def _publish(self, frame: Frame) -> None:
-        self._image.header.stamp = self._info.header.stamp = _stamp(frame.stamp_s)
+        self._image.header.stamp = self._info.header.stamp = to_time(frame.stamp_s)
         self._pixels[:] = frame.rgb.reshape(-1).data
         self._images.publish(self._image)
         self._infos.publish(self._info)
@@ -214,16 +214,11 @@ class CameraNode(Node):
         }
         status.values = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
         message = DiagnosticArray(status=[status])
-        message.header.stamp = _stamp(self._executor_clock.now())
+        message.header.stamp = to_time(self._executor_clock.now())
         self._diagnostics.publish(message)
 
     def _publish_clock(self) -> None:
-        self._clocks.publish(ClockMessage(clock=_stamp(self._executor_clock.now())))
-
-
-def _stamp(t: float) -> Time:
-    sec, nanosec = to_stamp(t)
-    return Time(sec=sec, nanosec=nanosec)
+        self._clocks.publish(ClockMessage(clock=to_time(self._executor_clock.now())))
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 import rclpy
-from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
@@ -26,7 +25,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.task import Future
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+from trajectory_msgs.msg import JointTrajectory
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
@@ -34,10 +33,11 @@ from config.safety import Safety
 from config.workcell import Workcell
 from policy_server.keys import KeyFileError
 from simulation.state import StateError
-from vipra_ros.clock import make_clock, to_stamp
+from vipra_ros.clock import make_clock
 from vipra_ros.commander import ArmsStatus, Commander, State, connect
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.execution.planner import Planner
+from vipra_ros.nodes.messages import seconds, stamp, trajectory
 from vipra_ros.parameters import declare_robot, declare_run_dir, revise
 from vipra_ros.process import die_with_parent, signals_raise
 from vipra_ros.safety.supervisor import Supervisor
@@ -152,7 +152,7 @@ class PolicyNode(Node):
             )
             return
         rgb = np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
-        self._commander.on_picture(rgb, _seconds(message.header.stamp))
+        self._commander.on_picture(rgb, seconds(message.header.stamp))
 
     def _on_joints(self, arm: str, message: JointState) -> None:
         names = self._names[arm]
@@ -162,7 +162,7 @@ class PolicyNode(Node):
                 throttle_duration_sec=5.0,
             )
             return
-        self._commander.on_joints(arm, _seconds(message.header.stamp), np.array(message.position))
+        self._commander.on_joints(arm, seconds(message.header.stamp), np.array(message.position))
 
     def _on_arms(self, message: DiagnosticStatus) -> None:
         try:
@@ -262,7 +262,7 @@ class PolicyNode(Node):
             actions = np.empty((len(chunk), self._embodiment.action_dim))
             actions[:, ~self._gripper], actions[:, self._gripper] = chunk.joints, chunk.grippers
             names = self._embodiment.names
-            self._chunks.publish(_trajectory(str(seq), chunk, names, actions))
+            self._chunks.publish(trajectory(str(seq), chunk, names, actions))
 
     def _command(self, tag: str, chunk: Chunk | None) -> None:
         """Both arms' parts of one chunk, or of letting go."""
@@ -275,7 +275,7 @@ class PolicyNode(Node):
                 hands = len(rows) - 7
                 parts = chunk.joints[:, joints : joints + 7], chunk.grippers[:, grippers : grippers + hands]
                 joints, grippers = joints + 7, grippers + hands
-                message = _trajectory(tag, chunk, self._names[name], np.hstack(parts))
+                message = trajectory(tag, chunk, self._names[name], np.hstack(parts))
             self._commands[name].publish(message)
 
     def _record(self, line: dict) -> None:
@@ -340,7 +340,7 @@ class PolicyNode(Node):
 
     def _diagnose(self) -> None:
         message = DiagnosticArray(status=[self._make_status()])
-        message.header.stamp = _stamp(self._executor_clock.now())
+        message.header.stamp = stamp(self._executor_clock.now())
         self._diagnostics.publish(message)
 
 
@@ -363,29 +363,6 @@ def dimensions_by_arm(embodiment: Embodiment, arms: tuple[str, ...]) -> dict[str
                 f"embodiment {embodiment.name}: {arm} needs seven joints, then at most one gripper"
             )
     return rows
-
-
-def _trajectory(frame_id: str, chunk: Chunk, names, rows: np.ndarray) -> JointTrajectory:
-    """`rows` [H, n] of the dimensions `names`, at the chunk's times."""
-    message = JointTrajectory(joint_names=list(names))
-    message.header.frame_id = frame_id
-    message.header.stamp = _stamp(chunk.t0)
-    for i, row in enumerate(rows):
-        sec, nanosec = to_stamp(i / chunk.rate_hz)
-        point = JointTrajectoryPoint(
-            positions=row.tolist(), time_from_start=Duration(sec=sec, nanosec=nanosec)
-        )
-        message.points.append(point)
-    return message
-
-
-def _stamp(t: float) -> Time:
-    sec, nanosec = to_stamp(t)
-    return Time(sec=sec, nanosec=nanosec)
-
-
-def _seconds(stamp: Time) -> float:
-    return stamp.sec + 1e-9 * stamp.nanosec
 
 
 def main() -> int:
