@@ -24,6 +24,7 @@ from config.policy import Policy as PolicyConfig
 from models import checkpoint as checkpoints
 from models import fp8, sequence
 from models.checkpoint import Checkpoint, CheckpointError
+from models.config import ModelConfig
 from models.policy import TextPrefix
 from models.runner import Runner
 from policy_server import memory
@@ -87,10 +88,7 @@ class Engine:
         cannot act, ConfigError for a bad embodiment.
         """
         config, policy = checkpoint.config, checkpoint.policy
-        if config.action_heads == "none":
-            raise CheckpointError(
-                f"{config.name} has no action heads: it is pretrained only. Finetune it: vipra train finetune"
-            )
+        _require_heads(config)
         embodiment = _embodiment(checkpoint)
         if sampler == "heun" and config.objective != "corrected":
             raise CheckpointError("the heun sampler integrates the corrected objective only: use euler")
@@ -152,6 +150,8 @@ class Engine:
         dtype = getattr(torch, name)
         folder = Path(policy.checkpoint).expanduser()
         folder = folder if folder.is_absolute() else root() / folder
+        if folder.is_dir():
+            _require_heads(checkpoints.read_config(folder))  # before gigabytes are read
         if device == "cuda" and folder.is_dir():
             if policy.quantization == "fp8" and not fp8.supported(torch.device(device)):
                 found = torch.cuda.get_device_name(device)
@@ -333,6 +333,13 @@ class Engine:
         if len(self._texts) > CACHED_TASKS:
             self._texts.popitem(last=False)
         return self._texts[task]
+
+
+def _require_heads(config: ModelConfig) -> None:
+    if config.action_heads == "none":
+        raise CheckpointError(
+            f"{config.name} has no action heads: it is pretrained only. Finetune it: vipra train finetune"
+        )
 
 
 def _digest(image: np.ndarray) -> bytes:

@@ -345,8 +345,12 @@ def test_bfloat16_answers_close_to_float32(tmp_path):
 
 
 def test_pretrained_checkpoint_is_refused_and_names_finetuning(tmp_path):
+    folder = write(tmp_path / "c", action_heads="none")
     with pytest.raises(CheckpointError, match="vipra train finetune"):
-        start(write(tmp_path / "c", action_heads="none"))
+        Engine(checkpoints.load(folder))
+    (folder / "model-00001-of-00001.safetensors").unlink()  # not even looked at
+    with pytest.raises(CheckpointError, match="vipra train finetune"):
+        start(folder)
 
 
 def test_checkpoint_of_another_embodiment_is_refused(tmp_path):
