@@ -110,6 +110,7 @@ class Terminal:
         self._process.stdin.close()
         self._process.wait(40)
         self._thread.join()
+        self._process.stdout.close()
         return self._process.returncode
 
 
