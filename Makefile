@@ -1,5 +1,5 @@
 # make demo    the whole system on this machine, no robot needed: report in runs/demo/<time>/
-# make test    the test suite
+# make test    the test suite             make train-tiny  all stages at tiny size: runs/train-tiny/summary.json
 # make lint    format and style          make colcon    build as a ROS 2 package into build/ and install/
 PYTHON ?= python3
 EXTRAS ?= robot,server,sim,train,test
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 LIBRARIES := libEGL.so.1:libegl1 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0 libX11.so.6:libx11-6
 DRIVER := libgl1-mesa-dri
 
-.PHONY: .venv demo test lint colcon clean system
+.PHONY: .venv demo test train-tiny lint colcon clean system
 
 .venv: $(STAMP)
 
@@ -42,6 +42,9 @@ demo: .venv
 
 test: .venv
 	$(BIN)/pytest
+
+train-tiny: .venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.tiny --out runs/train-tiny
 
 lint: .venv
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports

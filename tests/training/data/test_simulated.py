@@ -20,7 +20,7 @@ RATE = 15
 
 
 def generate(out: Path, episodes: int) -> None:
-    command = [sys.executable, "-m", "training.simulated", "--format", "lerobot", "--robot", "sim_single"]
+    command = [sys.executable, "-m", "training.simulated", "--robot", "sim_single"]
     command += ["--image-size", "96", "--steps", "45", "--kinds", "pick", "push", "circles", "--workers", "1"]
     command += ["--episodes", str(episodes), "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
