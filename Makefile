@@ -44,7 +44,7 @@ test: .venv
 	$(BIN)/pytest
 
 train-tiny: .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m training.tiny --out runs/train-tiny
+	$(BIN)/python -m training.tiny --out runs/train-tiny
 
 lint: .venv
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports

@@ -10,6 +10,7 @@ interruption: what is finished stays, and the stage that was cut off goes on.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ STRIDE = 9  # frames at 15 Hz: the pictures change by more than .02 on average
 SLOW = 3  # of the labels: 14 steps are 2.8 s
 CLIP = 6  # frames, as latent_tiny
 MOVED = 0.05  # a pixel that changes by more
+BUDGET = """
+tokenizer.steps=700 tokenizer.global_batch=8 tokenizer.micro_batch=8 tokenizer.schedule.warmup=20
+tokenizer.validation.samples=64 latent.steps=700 latent.validation.samples=32
+pretrain.steps=160 pretrain.global_batch=8 pretrain.micro_batch=8 pretrain.schedule.warmup=20
+pretrain.validation.samples=32 pretrain.log_every=10
+finetune.steps=250 finetune.global_batch=12 finetune.micro_batch=12 finetune.schedule.warmup=20
+finetune.validation.samples=48 finetune.log_every=10 finetune.ema=0.98
+""".split()  # the recipes, cut to what two CPU cores do in under twenty minutes
 NAMES = {"tokenizer": "tokenizer", "latent": "latent", "pretrain": "pretrained", "finetune": "policy"}
 
 
@@ -43,8 +52,10 @@ def done(folder: Path) -> bool:
 
 
 def together(commands: list[list[str]]) -> None:
-    """Run commands of this project at the same time. Raises TrainingError when one fails."""
-    running = [subprocess.Popen([sys.executable, "-m", *command]) for command in commands]
+    """Run commands of this project at once, sharing the cores. Raises TrainingError when one fails."""
+    threads = str(max((os.cpu_count() or 1) // max(len(commands), 1), 1))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    running = [subprocess.Popen([sys.executable, "-m", *c], env=environment) for c in commands]
     try:
         failed = [c for c, process in zip(commands, running, strict=True) if process.wait()]
     finally:
@@ -164,7 +175,8 @@ def main() -> None:
         changes = [f"seed={args.seed}"]
         if data:
             changes += [f"data={json.dumps({'datasets': data, 'validation_share': VALIDATION_SHARE})}"]
-        changes += [text.partition(".")[2] for text in args.set if text.startswith(f"{stage}.")]
+        asked = [text for text in (*BUDGET, *args.set) if text.startswith(f"{stage}.")]
+        changes += [text.partition(".")[2] for text in asked]
         given = [item for change in changes for item in ("--set", change)]
         place = ["--out", str(out / NAMES[stage]), "--run", str(out / "runs" / stage)]
         return [["vipra_ros.cli", "train", stage, f"{stage}_tiny", *place, *options, *given]]
