@@ -19,7 +19,7 @@ from config.embodiment import Embodiment
 from config.loading import find, load
 from config.training import FinetuneRecipe
 from models import bins as discrete
-from models import checkpoint, normalization, sequence
+from models import checkpoint, decode, normalization, sequence
 from models.backbone import rope
 from models.flow import flow_loss, integrate, sample_target
 from models.policy import Policy
@@ -231,32 +231,49 @@ class Finetune(Stage):
         chunks = self.chunks(corpus)
         picked = [chunks.read(*place) for place in corpus.spread(recipe.validation.samples)]
 
+        samples = recipe.head == "flow" or not recipe.lora  # decoding reads matrices past the adapters
+
         def measure(batch: Batch) -> dict[str, Tensor]:
             found = self.module(batch, step)
             count, mask = len(batch["codes"]), batch["mask"][..., None]
-            rows = {"loss": found["loss"].expand(count)}
-            if recipe.head == "flow":
-                error = (self.module(batch, step, what="sample")["actions"] - batch["actions"]) * mask
-                baseline = batch["actions"] * mask  # the mean action is 0 in normalised units
-                scale = torch.tensor(self.normalizer.scale, device=error.device)
-                rows |= {
-                    "action_mse": error.square().sum((1, 2)),
-                    "mean_action_mse": baseline.square().sum((1, 2)),
-                    "absolute": error.abs() * scale,
-                    "count": mask.sum((1, 2)) * error.shape[-1],
-                    "counts": mask.expand_as(error).float(),
-                }
-            return rows
+            if not samples:
+                return {"loss": found["loss"].expand(count)}
+            error = (self.sampled(batch, step) - batch["actions"]) * mask
+            baseline = batch["actions"] * mask  # the mean action is 0 in normalised units
+            scale = torch.tensor(self.normalizer.scale, device=error.device)
+            return {
+                "loss": found["loss"].expand(count),
+                "action_mse": error.square().sum((1, 2)),
+                "mean_action_mse": baseline.square().sum((1, 2)),
+                "absolute": error.abs() * scale,
+                "count": mask.sum((1, 2)) * error.shape[-1],
+                "counts": mask.expand_as(error).float(),
+            }
 
         means = evaluate(self, picked, ranks, recipe, measure)
         metrics = {"loss": float(means["loss"])}
-        if recipe.head == "flow":
-            metrics |= {key: float(means[key] / means["count"]) for key in ("action_mse", "mean_action_mse")}
-            error = means["absolute"] / np.maximum(means["counts"], 1e-9)
-            metrics["action_error"] = float(error.mean())
-            self.report(step, run, error)
-            self.replay(step, run, ranks, recipe)
+        if not samples:
+            return metrics
+        metrics |= {key: float(means[key] / means["count"]) for key in ("action_mse", "mean_action_mse")}
+        error = means["absolute"] / np.maximum(means["counts"], 1e-9)
+        metrics["action_error"] = float(error.mean())
+        self.report(step, run, error)
+        self.replay(step, run, ranks, recipe)
         return metrics
+
+    def sampled(self, batch: Batch, step: int) -> Tensor:
+        """Chunks the policy would play, normalised [B, H, D]: ten Euler steps, or the likeliest codes."""
+        if self.recipe.head == "flow":
+            return self.module(batch, step, what="sample")["actions"]
+        policy, codes = self.module.policy, batch["codes"]
+        bridge = torch.tensor(self.module.bridge, device=codes.device)
+        self.module.unshard()  # its tables are read outside its forward
+        texts = [policy.encode_text(text) for text in batch["texts"]]
+        cache = decode.action_cache(policy, len(codes), bridge)
+        ids = decode.decode_actions(policy, texts, codes, cache, bridge, self.action_bins.counts)
+        self.module.reshard()
+        actions = self.action_bins.decode(ids.cpu().numpy())
+        return torch.from_numpy(self.normalizer.normalize(actions)).to(codes.device)
 
     def report(self, step: int, run: Run, error: np.ndarray) -> None:
         """Absolute error [H, D], rad and opening, of held-out chunks: a table and a plot."""
@@ -277,7 +294,7 @@ class Finetune(Stage):
         torch.manual_seed(recipe.seed)
         with torch.no_grad():  # every rank: sharded modules need all of them
             batch = self.prepare(collate(parts), ranks.device)
-            sampled = self.module(batch, step, what="sample")["actions"].cpu().numpy()
+            sampled = self.sampled(batch, step).cpu().numpy()
         states = np.stack([part["state"] for part in parts]) if self.normalizer.needs_state else None
         played = self.normalizer.denormalize(sampled, states).reshape(-1, self.robot.action_dim)
         if run.rank == 0:

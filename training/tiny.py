@@ -36,14 +36,13 @@ STRIDE = 9  # frames at 15 Hz: the pictures change by more than .02 on average
 SLOW = 3  # of the labels: 14 steps are 2.8 s
 CLIP = 6  # frames, as latent_tiny
 MOVED = 0.05  # a pixel that changes by more
-BUDGET = """
-tokenizer.steps=700 tokenizer.global_batch=8 tokenizer.micro_batch=8 tokenizer.schedule.warmup=20
-tokenizer.validation.samples=64 latent.steps=700 latent.validation.samples=32
-pretrain.steps=160 pretrain.global_batch=8 pretrain.micro_batch=8 pretrain.schedule.warmup=20
-pretrain.validation.samples=32 pretrain.log_every=10
-finetune.steps=250 finetune.global_batch=12 finetune.micro_batch=12 finetune.schedule.warmup=20
-finetune.validation.samples=48 finetune.log_every=10 finetune.ema=0.98
-""".split()  # the recipes, cut to what two CPU cores do in under twenty minutes
+SMALL_BATCH = ("global_batch=8", "micro_batch=8", "schedule.warmup=20")
+BUDGET = {  # the recipes, cut to what two CPU cores do in under twenty minutes
+    "tokenizer": ("steps=700", *SMALL_BATCH, "validation.samples=64"),
+    "latent": ("steps=700", "validation.samples=32"),
+    "pretrain": ("steps=160", *SMALL_BATCH, "validation.samples=32", "log_every=10"),
+    "finetune": ("steps=250", *SMALL_BATCH, "validation.samples=48", "log_every=10", "ema=0.98"),
+}
 NAMES = {"tokenizer": "tokenizer", "latent": "latent", "pretrain": "pretrained", "finetune": "policy"}
 
 
@@ -175,8 +174,8 @@ def main() -> None:
         changes = [f"seed={args.seed}"]
         if data:
             changes += [f"data={json.dumps({'datasets': data, 'validation_share': VALIDATION_SHARE})}"]
-        asked = [text for text in (*BUDGET, *args.set) if text.startswith(f"{stage}.")]
-        changes += [text.partition(".")[2] for text in asked]
+        asked = [text.partition(".")[2] for text in args.set if text.startswith(f"{stage}.")]
+        changes += [*BUDGET[stage], *asked]
         given = [item for change in changes for item in ("--set", change)]
         place = ["--out", str(out / NAMES[stage]), "--run", str(out / "runs" / stage)]
         return [["vipra_ros.cli", "train", stage, f"{stage}_tiny", *place, *options, *given]]

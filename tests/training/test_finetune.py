@@ -199,14 +199,14 @@ def test_one_real_episode_is_learned_exactly_and_the_checkpoint_acts_so(ranks, f
     plan = recipe(
         frame_tokenizer,
         data={"datasets": [{"path": str(BRIDGE), "max_episodes": 1}]},
-        steps=600,
+        steps=450,
         global_batch=10,
         micro_batch=10,
         samples=8,
-        optimizer={"learning_rate": 4e-3, "betas": (0.9, 0.95)},
+        optimizer={"learning_rate": 5e-3, "betas": (0.9, 0.95)},
         schedule={"kind": "cosine", "warmup": 30},
         chunk_attention="bidirectional",
-        ema=0.98,
+        ema=0.97,
         checkpoint_every=10_000,
         validation={"every": 10_000, "samples": 10},
     )
@@ -217,7 +217,7 @@ def test_one_real_episode_is_learned_exactly_and_the_checkpoint_acts_so(ranks, f
     stage.fit(corpus, corpus)
     loop.train(stage, plan, run, ranks, stage.samples())
     assert run.last()["validation/action_mse"] < 1e-3 < 0.5 < run.last()["validation/mean_action_mse"]
-    assert (tmp_path / "run" / "images" / "open_loop-000600.png").is_file()
+    assert (tmp_path / "run" / "images" / "open_loop-000450.png").is_file()
     stage.export(tmp_path / "out", run, ranks)
     run.close()
 
@@ -258,7 +258,7 @@ def test_a_joint_that_never_moves_trains_and_saves(head, ranks, frame_tokenizer,
     demo = demonstration()
     demo.actions[:, 2] = 0.3
     stage, run = trained(recipe(frame_tokenizer, head=head), ranks, tmp_path / "run", demo)
-    assert np.isfinite(run.last()["loss"])
+    assert np.isfinite(run.last()["loss"]) and 0 < run.last()["validation/action_mse"] < 100
     stage.export(tmp_path / "out", run, ranks)
     loaded = checkpoint.load(tmp_path / "out")
     assert loaded.normalizer.scale[2] > 0 and (loaded.bins is not None) == (head == "ar")
