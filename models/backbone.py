@@ -19,7 +19,7 @@ def rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, T, head_dim / 2] fp32 for integer `positions` [B, T].
 
     rope_precision bf16 rounds angles, sines and cosines to bf16, as the official code does (its pinned numpy
-    1.26 computes the frequencies in fp64).
+    1.26 does not round the frequencies: bit for bit the same cosines at 7B sizes).
     """
     dtype = torch.bfloat16 if config.rope_precision == "bf16" else torch.float32
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float64)

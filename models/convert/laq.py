@@ -89,7 +89,8 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], list[str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: give the released file of vipra-project/vipra-laq")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}: give the released file of vipra-project/vipra-laq")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -120,6 +120,12 @@ def test_a_missing_tensor_is_named(tmp_path):
         laq.convert(released(tmp_path / "laq.pt", payload={"model": some}), tmp_path / "out", 32)
 
 
+def test_what_is_not_a_file_says_so(tmp_path):
+    for path, what in ((tmp_path, "is a folder"), (tmp_path / "no.pt", "does not exist")):
+        with pytest.raises(CheckpointError, match=f"{what}: give the released file"):
+            laq.read(path)
+
+
 def test_code_in_a_file_is_refused_and_garbage_is_an_error(tmp_path):
     class Evil:
         def __reduce__(self):
