@@ -68,14 +68,13 @@ class RecorderNode(Node):
         if tuple(name for names in self._names.values() for name in names) != embodiment.names:
             raise ConfigError(f"embodiment {embodiment.name}: its dimensions are not the robot's, arm by arm")
         self._camera = robot.camera
-        self._executor_clock = make_clock(robot)
-        self._resources.callback(self._executor_clock.close)
-
         root = Path(self._config.dataset).expanduser().resolve()
         size = robot.camera.height, robot.camera.width
         writer = open_writer(root, embodiment.names, embodiment.name, int(rate_hz), size, self._config.crf)
         self._worker = Worker(writer, Quality(), self._config.queue_frames)
         self._resources.callback(self._worker.close)
+        self._executor_clock = make_clock(robot)
+        self._resources.callback(self._executor_clock.close)
         self._synchronizer = Synchronizer(rate_hz, robot.camera.rate_hz, hands)
         self._session = Session(self._config, self._synchronizer, self._worker, root)
         self._root = root

@@ -10,7 +10,7 @@ from vipra_ros.recording.keyboard import HELP, raw_keys, read_key, verb
 
 EPILOG = f"""\
 Camera, arms and leaders have to run:  vipra up teleop robot:=sim_single --start
-Then, in another terminal:             vipra record recordings/cups --task "stack the red cup on the blue cup"
+Then, in another terminal:             vipra record recordings/cups --robot sim_single --task "stack the cups"
 
 Keys: {HELP}
 A foot pedal that types a space starts and stops. Record 100 to 200 demonstrations a task: docs/recording.md.

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from episodes import quality
 from episodes.quality import Finding, Trace
 
 _COMMANDED, _MEASURED, _MARK = "#2f6fde", "#e4572e", "#f3c6bd"
@@ -35,7 +36,7 @@ def episode(name: str, trace: Trace, frames: np.ndarray, findings: list[Finding]
     axis = top.subplots()
     axis.imshow(np.concatenate(list(frames), axis=1))
     axis.axis("off")
-    told = "; ".join(f.text for f in findings) or "nothing found"
+    told = quality.summary(findings) or "nothing found"
     axis.set_title(f"{name}\n{told}", fontsize=9, loc="left", wrap=True)
     t = np.arange(len(trace)) / trace.fps
     axes = bottom.subplots(rows, 2, sharex=True, squeeze=False).T.ravel()

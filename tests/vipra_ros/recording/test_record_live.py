@@ -91,20 +91,23 @@ class Terminal:
         for line in self._process.stdout:
             self.said += line.decode()
 
-    def key(self, key: str, answer: str) -> None:
-        """Press a key; wait until something new is said that holds `answer`."""
+    def key(self, key: str, *answers: str) -> None:
+        """Press a key; wait until something new is said that holds one of `answers`."""
         before = len(self.said)
         self._process.stdin.write(key.encode())
         self._process.stdin.flush()
-        self.wait(answer, before)
+        self.wait(*answers, after=before)
 
-    def wait(self, answer: str, after: int = 0) -> None:
+    def wait(self, *answers: str, after: int = 0) -> None:
+        def heard() -> bool:
+            return any(answer in self.said[after:] for answer in answers)
+
         try:
-            wait_for(lambda: answer in self.said[after:] or self._process.poll() is not None, 60, answer)
+            wait_for(lambda: heard() or self._process.poll() is not None, 60, " or ".join(answers))
         except Exception as error:
             error.add_note(self.said)
             raise
-        assert answer in self.said[after:], self.said
+        assert heard(), self.said
 
     def end(self) -> int:
         self._process.stdin.close()
@@ -133,8 +136,8 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
         time.sleep(2.5)
         terminal.key(" ", "keep or discard?")
         terminal.key("q", "press q again")
-        terminal.key("k", "")
-        if "flagged" in terminal.said:  # this machine was too busy to show every picture
+        terminal.key("k", "saving", "keep again")
+        if "keep again" in terminal.said:  # this machine was too busy to show every picture
             terminal.key("k", "saving")
         terminal.wait("kept episode 1")
         second = Terminal(graph, str(cups), "--task", "stack", *robot_in, cwd=tmp_path)
