@@ -81,7 +81,7 @@ class Lockstep:
         self.judge_now()
 
     def follow(self, reference: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Let one tick of the 200 Hz reference pass; reference: positions [7] rad and velocities rad/s by arm.
+        """Let one tick of the 200 Hz reference pass; reference: positions [7] rad and velocities by arm.
 
         Every arm must be named, and `judge_now` called now and then.
         """
