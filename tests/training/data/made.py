@@ -21,7 +21,7 @@ STEPS = 10
 def picture(episode: int, index: int, height: int = 32, width: int = 40) -> np.ndarray:
     """uint8 RGB: red tells the episode, the left edge of the white lower bar the frame (2 px a frame)."""
     rgb = np.zeros((height, width, 3), np.uint8)
-    rgb[..., 0] = 25 * episode
+    rgb[..., 0] = 25 * episode % 256
     rgb[height // 2 :, 2 * index : 2 * index + 4] = 255
     return rgb
 
