@@ -30,6 +30,16 @@ def slot() -> Slot:
     slot.release()
 
 
+@pytest.fixture(autouse=True)
+def _ordinary_priority():
+    """libfranka gives the thread that moves an arm real-time priority; what a later test starts would inherit it
+    and keep a core to itself.
+    """
+    yield
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def pytest_configure(config):
     config.stall_meter = StallMeter()
     config.add_cleanup(config.stall_meter.close)
