@@ -32,8 +32,8 @@ def slot() -> Slot:
 
 @pytest.fixture(autouse=True)
 def _ordinary_priority():
-    """libfranka gives the thread that moves an arm real-time priority; what a later test starts would inherit it
-    and keep a core to itself.
+    """libfranka gives the thread that moves an arm real-time priority, which what a later test starts would
+    inherit, and keep a core to itself.
     """
     yield
     if os.sched_getscheduler(0) != os.SCHED_OTHER:
