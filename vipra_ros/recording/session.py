@@ -6,7 +6,7 @@ nothing with a frozen camera enters a dataset unseen. No ROS.
 
 import enum
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from vipra_ros.recording.worker import Worker
 
 FRESH_S = 0.5  # a stream without a sample for this long is silent
 LOST_S = 2.0  # silent for this long, it ends the episode
+WAITING = "waiting for camera and arms"
 GRAVE = frozenset(("frozen", "gap", "dropped", "lost", "stopped"))  # kinds that need a second ~/keep
 _DISK_EVERY_S = 0.5
 _STOPPED = ("FAULT", "STOPPING", "STOPPED", "RECOVERING")
@@ -51,7 +52,7 @@ class Session:
         self.task, self.target = config.task, config.target
         self._config, self._synchronizer, self._worker = config, synchronizer, worker
         self._root, self._free_bytes = root, free_bytes
-        self.state, self.message = State.IDLE, "ready"
+        self.state, self.message = State.IDLE, WAITING
         self.frames = 0  # of the running or last episode
         self.repeated = 0
         self.last: tuple[float, list[Finding]] = (0.0, [])  # length in s and findings of the last episode
@@ -155,6 +156,8 @@ class Session:
 
     def poll(self, now: float) -> None:
         """Move complete frames on, and go on with what waits. Call often."""
+        if self.message is WAITING and not self._silent(now, FRESH_S):
+            self.message = "ready"
         if self.state is State.RECORDING:
             self._record(now)
         elif self.state is State.FINISHING and not self._worker.waiting:
@@ -174,7 +177,7 @@ class Session:
 
     def warnings(self, now: float) -> list[str]:
         """What the operator should know now."""
-        found = [f"{stream} is silent" for stream, age in self._ages(now).items() if age > FRESH_S]
+        found = [f"{stream} is silent" for stream in self._silent(now, FRESH_S)]
         if self._free(now) < self._config.reserve_mb:
             found.append(f"disk nearly full: {self._free_mb:.0f} MB left at {self._root}")
         if self._arms[0] in _STOPPED:
@@ -199,7 +202,7 @@ class Session:
             raise Refused(
                 "the task is empty: say what is demonstrated (vipra record --task, or parameter task)"
             )
-        silent = [stream for stream, age in self._ages(now).items() if age > FRESH_S]
+        silent = self._silent(now, FRESH_S)
         if silent:
             raise Refused(f"nothing comes on {', '.join(silent)}: are camera and arms running (vipra up)?")
         if self._arms[0] in _STOPPED:
@@ -229,7 +232,7 @@ class Session:
             self.frames += 1
             self.repeated += frame.repeated
             self._errors.append(frame.sync_error_s)
-        silent = [stream for stream, age in self._ages(now).items() if age > LOST_S]
+        silent = self._silent(now, LOST_S)
         if self._synchronizer.jumped:
             self._events.append(Finding("lost", "the clock began anew", self.frames, self.frames))
             self._finish("ended: the clock began anew")
@@ -283,8 +286,9 @@ class Session:
         self._errors = []
         self.state, self.message = State.IDLE, message
 
-    def _ages(self, now: float) -> Mapping[str, float]:
-        return {stream: now - stamp for stream, stamp in self._synchronizer.newest_s().items()}
+    def _silent(self, now: float, limit_s: float) -> list[str]:
+        """Streams without a sample for longer than `limit_s`."""
+        return [name for name, stamp in self._synchronizer.newest_s().items() if now - stamp > limit_s]
 
     def _free(self, now: float) -> float:
         """Free disk in MB, looked up now and then."""

@@ -66,6 +66,15 @@ class Rig:
         return self.settle()
 
 
+def test_it_is_ready_once_every_stream_has_come(rig):
+    assert rig.session.message == "ready"
+    early = Session(rig.config, Synchronizer(15.0, CAMERA_HZ, HANDS), rig.worker, rig.root)
+    early.poll(rig.streams.now)
+    assert early.message == "waiting for camera and arms"
+    with pytest.raises(Refused, match="nothing comes on front camera"):
+        early.start(rig.streams.now)
+
+
 @pytest.fixture
 def rig(tmp_path):
     rig = Rig(tmp_path / "cups")
