@@ -18,10 +18,8 @@ from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
-from rclpy.signals import SignalHandlerOptions
 from rclpy.task import Future
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
@@ -38,8 +36,8 @@ from vipra_ros.commander import ArmsStatus, Commander, State, connect
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.execution.planner import Planner
 from vipra_ros.nodes.messages import seconds, stamp, trajectory
+from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare_robot, declare_run_dir, revise
-from vipra_ros.process import die_with_parent, signals_raise
 from vipra_ros.safety.supervisor import Supervisor
 
 TICK_S = 0.01
@@ -367,25 +365,7 @@ def dimensions_by_arm(embodiment: Embodiment, arms: tuple[str, ...]) -> dict[str
 
 def main() -> int:
     """Run the node until interrupted; 2 for a wrong configuration."""
-    die_with_parent()
-    # Our own handlers: with ROS still up, an interrupted node can let the arms go.
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = None
-    try:
-        with signals_raise():
-            try:
-                node = PolicyNode()
-                rclpy.spin(node)
-            finally:
-                if node is not None:
-                    node.destroy_node()
-                rclpy.try_shutdown()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        return 0
-    except (ConfigError, KeyFileError, StateError) as error:
-        print(f"policy: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("policy", PolicyNode, (ConfigError, KeyFileError, StateError))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
@@ -33,8 +30,8 @@ from episodes.layout import EpisodesError
 from simulation.state import StateError
 from vipra_ros.clock import make_clock
 from vipra_ros.nodes.messages import seconds, stamp
+from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare, declare_robot, revise
-from vipra_ros.process import die_with_parent, signals_raise
 from vipra_ros.recording.raw import RawLog
 from vipra_ros.recording.session import Refused, Session, State
 from vipra_ros.recording.synchronizer import Synchronizer
@@ -238,25 +235,7 @@ class RecorderNode(Node):
 
 def main() -> int:
     """Run the node until interrupted; 2 for a wrong configuration or a dataset that cannot be used."""
-    die_with_parent()
-    # Our own handlers: what is being saved is saved before the process ends.
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = None
-    try:
-        with signals_raise():
-            try:
-                node = RecorderNode()
-                rclpy.spin(node)
-            finally:
-                if node is not None:
-                    node.destroy_node()
-                rclpy.try_shutdown()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        return 0
-    except (ConfigError, EpisodesError, StateError, OSError) as error:
-        print(f"recorder: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("recorder", RecorderNode, (ConfigError, EpisodesError, StateError, OSError))
 
 
 if __name__ == "__main__":

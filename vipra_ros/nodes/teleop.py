@@ -12,16 +12,13 @@ import sys
 import time
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
-from rclpy.signals import SignalHandlerOptions
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float32
@@ -44,8 +41,8 @@ from vipra_ros.commander import (
 )
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.nodes.messages import seconds, stamp, trajectory
+from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare, declare_robot
-from vipra_ros.process import die_with_parent, signals_raise
 from vipra_ros.robot.commands import joint_names
 from vipra_ros.safety.limits import JointLimits
 from vipra_ros.teleop.dynamixel import Reader
@@ -415,25 +412,7 @@ class TeleopNode(Node):
 
 def main() -> int:
     """Run the node until interrupted; 2 for a wrong configuration."""
-    die_with_parent()
-    # Our own handlers: with ROS still up, an interrupted node can let the arms go.
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = None
-    try:
-        with signals_raise():
-            try:
-                node = TeleopNode()
-                rclpy.spin(node)
-            finally:
-                if node is not None:
-                    node.destroy_node()
-                rclpy.try_shutdown()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        return 0
-    except (ConfigError, StateError) as error:
-        print(f"teleop: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("teleop", TeleopNode, (ConfigError, StateError))
 
 
 if __name__ == "__main__":
