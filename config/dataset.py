@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from config.embodiment import Crop
 from config.loading import Strict
 
 Kind = Literal["auto", "ssv2", "rlds", "lerobot", "libero", "folder"]
@@ -22,6 +23,9 @@ class DatasetConfig(Strict):
     split: str = Field("train", description="ssv2: train, validation or trainval; rlds: the split's name")
     views: tuple[str, ...] = Field((), description="cameras to use, by name; empty: all")
     rate_hz: float | None = Field(None, gt=0, le=1000, description="frames per second, where no file says it")
+    crop: Crop | None = Field(
+        None, description="part of every picture to use; null: all of it, in stage 3 the embodiment's"
+    )
     stride: int = Field(1, ge=1, description="use every n-th frame (official: 2 for ssv2)")
     action_key: str | None = Field(None, description="field with the actions [T, D]")
     state_key: str | None = Field(None, description="field with the robot's state [T, D]")
@@ -62,3 +66,8 @@ class Mixture(Strict):
     on_error: Literal["skip", "raise"] = Field(
         "skip", description="skip: an unreadable episode is counted and replaced; raise: it ends the run"
     )
+
+    def seen_through(self, crop: Crop | None) -> "Mixture":
+        """With `crop` for every dataset that names none of its own."""
+        datasets = tuple(d if d.crop else d.model_copy(update={"crop": crop}) for d in self.datasets)
+        return self.model_copy(update={"datasets": datasets})

@@ -24,7 +24,7 @@ def _check_types(config) -> None:
         value = getattr(config, field.name)
         if field.type is float and type(value) is int:
             object.__setattr__(config, field.name, float(value))
-        elif field.type in (int, float, str):
+        elif field.type in (int, float, str, bool):
             ok = type(value) is field.type
             _require(
                 ok, f"{type(config).__name__}.{field.name}: expected {field.type.__name__}, got {value!r}"
@@ -128,6 +128,7 @@ class ModelConfig:
     chunk_attention: str = "causal"  # between a chunk's actions: causal (official) | bidirectional
     objective: str = "corrected"  # see models.flow; paper_literal is for study only
     representation: str = "absolute"  # joints: absolute | relative to the state at t_obs
+    future_frame: bool = False  # actions follow a predicted o_{t+H} (+SP3, paper table 2); cannot be served
 
     def __post_init__(self):
         if isinstance(self.vqgan, dict):
@@ -148,7 +149,7 @@ class ModelConfig:
         )
         _require(
             self.max_positions >= self.max_text_tokens + self.vision_tokens + self.horizon,
-            f"max_positions: {self.max_positions} is shorter than text, two frames and a chunk",
+            f"max_positions: {self.max_positions} is shorter than text, frames and a chunk",
         )
         _require(0 <= self.dropout < 1, f"dropout: {self.dropout} must be in [0, 1)")
         _require(
@@ -180,9 +181,14 @@ class ModelConfig:
         return self.vqgan.grid**2
 
     @property
+    def frames(self) -> int:
+        """Before the actions: o_{t-1}, o_t, and o_{t+H} where it is predicted."""
+        return 3 if self.future_frame else 2
+
+    @property
     def vision_tokens(self) -> int:
-        """Tokens of o_{t-1}, end of frame, o_t, end of vision."""
-        return 2 * (self.frame_tokens + 1)
+        """Tokens of the frames before the actions, each with its end."""
+        return self.frames * (self.frame_tokens + 1)
 
     @property
     def end_of_frame(self) -> int:
@@ -216,11 +222,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: object) -> "ModelConfig":
-        """Strict: every field present, none unknown; only `action_vocab` may be absent (older folders).
+        """Strict: every field present, none unknown; only fields newer than a folder may be absent.
 
         Raises ModelConfigError.
         """
-        return _from_dict(cls, {"action_vocab": 0} | data if isinstance(data, dict) else data, "model")
+        newer = {"action_vocab": 0, "future_frame": False}
+        return _from_dict(cls, newer | data if isinstance(data, dict) else data, "model")
 
 
 SIZES = {
@@ -235,6 +242,19 @@ SIZES = {
         vision_vocab=514,
         vqgan=VQGANConfig(64, (16, 32, 64, 128), 2, 16, 512, norm_groups=8),
         max_positions=320,
+        rope_theta=1e4,
+    ),
+    # 96 px of the workspace, 144 tokens a frame; about 7M parameters.
+    "vipra_sim": ModelConfig(
+        name="vipra_sim",
+        hidden=256,
+        mlp_hidden=704,
+        layers=8,
+        heads=8,
+        text_vocab=512,
+        vision_vocab=1026,
+        vqgan=VQGANConfig(96, (16, 32, 64, 96), 2, 16, 1024, norm_groups=8),
+        max_positions=640,
         rope_theta=1e4,
     ),
     # Sequence lengths of the 7B model at a size that a CPU can time.

@@ -125,6 +125,8 @@ def read_scene(arguments: argparse.Namespace, loaded: Checkpoint) -> Scene:
     size = config.vqgan.image_size
 
     def fit(rgb: np.ndarray) -> np.ndarray:
+        if embodiment and embodiment.crop:
+            rgb = rgb[embodiment.crop.of(*rgb.shape[:2])]
         return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
 
     before, now, real = (None if rgb is None else fit(rgb) for rgb in frames)

@@ -3,6 +3,19 @@
 import cv2
 import numpy as np
 
+from config.embodiment import Crop
+
+
+def cut(rgb: np.ndarray, crop: Crop | None) -> np.ndarray:
+    """The part `crop` of pictures [..., h, w, 3], as a view; all of them without one.
+
+    Readers of recordings and the robot's side both cut here, before anything else happens to a picture.
+    """
+    if crop is None:
+        return rgb
+    rows, columns = crop.of(*rgb.shape[-3:-1])
+    return rgb[..., rows, columns, :]
+
 
 def fit(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize [h0, w0, 3] to `size` (h, w), area-averaged.

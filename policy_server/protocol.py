@@ -22,7 +22,7 @@ import msgpack
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from config.embodiment import Embodiment
+from config.embodiment import Crop, Embodiment
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 4 * 2**20  # two raw 256x256 frames are 0.4 MB
@@ -275,6 +275,9 @@ class Metadata(Message):
     horizon: int = Field(ge=1, description="H, actions in a chunk")
     rate_hz: float = Field(gt=0, description="rate of the demonstrations")
     history_seconds: float = Field(ge=0, description="o_{t-1} is this much older than o_t")
+    crop: Crop | None = Field(
+        None, description="part of the camera's picture to send, cut out before it is resized; null: all"
+    )
     image_size: tuple[int, int] = Field(description="h, w of both images, px")
     needs_state: bool = Field(description="infer must carry `state` (actions relative to it)")
     supports_prefix: bool = Field(False, description="infer may carry `prefix` and `delay_steps`")
@@ -297,6 +300,7 @@ class Metadata(Message):
             horizon=embodiment.horizon,
             rate_hz=embodiment.rate_hz,
             history_seconds=embodiment.history_seconds,
+            crop=embodiment.crop,
             **fields,
         )
 

@@ -424,7 +424,8 @@ class Commander:
         if self.state is not State.RUNNING or metadata is None or not metadata.supports_prefetch:
             return
         if self.planner.precedes_request(history_s, now):
-            self.counts.prefetches += self.client.prefetch(images.fit(rgb, metadata.image_size), self.task)
+            picture = images.fit(images.cut(rgb, metadata.crop), metadata.image_size)
+            self.counts.prefetches += self.client.prefetch(picture, self.task)
 
     def _ask(self, now: float) -> None:
         pair = self._history.pair()
@@ -432,7 +433,8 @@ class Commander:
             return
         before, newest, t_obs = pair
         metadata = self.client.metadata
-        pictures = np.stack([images.fit(picture, metadata.image_size) for picture in (before, newest)])
+        cuts = (images.cut(picture, metadata.crop) for picture in (before, newest))
+        pictures = np.stack([images.fit(picture, metadata.image_size) for picture in cuts])
         state = self._state_for(t_obs, now).astype(np.float32) if metadata.needs_state else None
         request = _Request(t_obs, now, self._seed, self.task)
         deadline_ms = 1e3 * self._config.deadline_s

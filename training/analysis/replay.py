@@ -16,7 +16,7 @@ from models import checkpoint as checkpoints
 from models import sequence
 from models.checkpoint import Checkpoint, CheckpointError
 from models.runner import Runner
-from policy_server.images import fit
+from policy_server.images import cut, fit
 from training.analysis.arrays import AnalysisError
 from training.data.episode import Episode
 from training.data.windows import history
@@ -91,7 +91,7 @@ def chunks(
     for at in range(0, len(moments), runner.max_batch):
         now = moments[at : at + runner.max_batch]
         pairs = np.stack([before[at : at + runner.max_batch], now], 1)
-        frames = episode.frames(view, pairs.ravel())
+        frames = cut(episode.frames(view, pairs.ravel()), replayer.robot.crop)
         for row in range(len(now)):
             images = np.stack([fit(frame, size) for frame in frames[2 * row : 2 * row + 2]])
             runner.set_row(row, images, seed)

@@ -1,9 +1,12 @@
 """From a `DatasetConfig` to its reader."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from config.dataset import DatasetConfig
-from training.data.episode import DataError, Reader
+from config.embodiment import Crop
+from policy_server.images import cut
+from training.data.episode import DataError, Episode, Reader
 from training.data.videos import PICTURES, VIDEOS
 
 
@@ -30,7 +33,31 @@ def open_dataset(config: DatasetConfig) -> Reader:
         raise DataError(f"{path}: no episode of a {kind} dataset found{why}")
     if unknown := set(config.views) - set(reader.views):
         raise DataError(f"{path}: no view {sorted(unknown)}; it has {', '.join(reader.views)}")
-    return reader
+    return Cropped(reader, config.crop) if config.crop else reader
+
+
+class Cropped:
+    """A reader whose pictures are cut as a policy with this crop is shown them."""
+
+    def __init__(self, reader: Reader, crop: Crop):
+        self._reader, self._crop = reader, crop
+        self.views, self.action_names, self.broken = reader.views, reader.action_names, reader.broken
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def key(self, index: int) -> str:
+        return self._reader.key(index)
+
+    def episode(self, index: int) -> Episode:
+        episode = self._reader.episode(index)
+        return replace(episode, decode=lambda view, at: cut(episode.decode(view, at), self._crop))
+
+    def length(self, index: int) -> int:
+        return self._reader.length(index)
+
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint()
 
 
 def kind_of(path: Path) -> str:
