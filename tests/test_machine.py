@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from tests.machine import StallMeter
 
@@ -19,3 +22,56 @@ def test_a_stall_is_seen_and_only_by_who_was_there():
         assert meter.worst_s(time.monotonic() + 60) == 0
     finally:
         meter.close()
+
+
+FLAKY = """
+import pytest
+
+runs = []
+
+
+@pytest.fixture(autouse=True)
+def meter(request):
+    meter = request.config.stall_meter
+    meter.stall = 0.0
+
+    def worst_s(since):
+        stall, meter.stall = meter.stall, 0.0
+        return stall
+
+    meter.worst_s = worst_s
+    return meter
+
+
+@pytest.mark.parametrize(("name", "failures", "stall"), [
+    ("rare", 1, 0.0), ("broken", 9, 0.0), ("stalled", 3, 0.1), ("ever_stalled", 9, 0.1),
+])
+def test_it(name, failures, stall, meter):
+    runs.append(name)
+    meter.stall = stall
+    assert runs.count(name) > failures, f"{name} {runs.count(name)}"
+
+
+def test_runs():
+    assert [runs.count(n) for n in ("rare", "broken", "stalled", "ever_stalled")] == [2, 2, 4, 4]
+"""
+
+
+def test_a_failure_without_a_stall_is_tried_once_more_and_told_of(tmp_path):
+    folder = tmp_path / "tests" / "vipra_ros"
+    folder.mkdir(parents=True)
+    (folder / "test_flaky.py").write_text(FLAKY)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "2 failed, 3 passed, 6 warnings" in done.stdout, done.stdout + done.stderr
+    told = done.stdout.partition("failed once without a stall: ")[2]
+    assert told.startswith("tests/vipra_ros/test_flaky.py::test_it[rare-") and "rare 1" in told
+    assert "failed once" not in told
