@@ -188,7 +188,7 @@ def up(slot, tmp_path):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_behind(up, end):
     process, marker, log = up
-    assert len(processes_with(marker)) == 5  # vipra, simulator, camera, arms, policy
+    wait_for(lambda: len(processes_with(marker)) == 5, 20, "vipra, simulator, camera, arms, policy")
     process.send_signal(end)
     status = process.wait(30)
     wait_for(lambda: not processes_with(marker), 15, "all processes gone")
