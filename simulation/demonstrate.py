@@ -1,12 +1,13 @@
 """Trials played by an expert in lockstep: what a demonstrator's hands and recorder would have seen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from simulation.experts.ik import HandIK
-from simulation.experts.picking import expert
+from simulation.experts.picking import World, expert
 from simulation.lockstep import Lockstep
 from simulation.tasks.trial import Trial
 
@@ -24,6 +25,38 @@ class Step:
     action_joints: dict[str, np.ndarray]  # commanded for this step [7] rad
     action_openings: dict[str, float]
     qpos: np.ndarray  # of the whole scene, for the picture
+    settling: bool  # the expert is done, things come to rest
+
+
+class Arms(World, Protocol):
+    """What a demonstrator looks at: an expert's world and where its arms are."""
+
+    arms: Iterable[str]
+
+    def joints(self, arm: str) -> np.ndarray: ...
+
+
+def lead(
+    world: Arms, ik: HandIK, rate_hz: float, random: np.random.Generator
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float]]]:
+    """Joints [7] rad and openings by arm, one pair a control step: hands straight down, then the task."""
+    bases = world.trial.workcell.arms
+    down = {arm: _turn(bases[arm].yaw_rad) @ np.diag([1.0, -1.0, -1.0]) for arm in world.arms}
+    start = {arm: world.joints(arm) for arm in world.arms}
+    openings = dict.fromkeys(world.arms, 1.0)
+    level = {arm: ik.solve(arm, world.tcp(arm)[0], down[arm], q) for arm, q in start.items()}
+    turn = max(float(np.abs(level[arm] - q).max()) for arm, q in start.items())
+    steps = int(np.ceil(1.875 * turn / LEVEL_RAD_S * rate_hz))
+    for s in np.arange(1, steps + 1) / max(steps, 1):
+        ease = s**3 * (10 - 15 * s + 6 * s**2)
+        yield {arm: q + ease * (level[arm] - q) for arm, q in start.items()}, dict(openings)
+    commanded = dict(level)
+    for poses in expert(world, rate_hz, random):
+        for arm, pose in poses.items():
+            rotation = _turn(pose.yaw) @ down[arm] @ _lean(pose.tilt)
+            commanded[arm] = ik.solve(arm, pose.xyz, rotation, commanded[arm])
+            openings[arm] = pose.opening
+        yield dict(commanded), dict(openings)
 
 
 class Demonstrator:
@@ -45,29 +78,17 @@ class Demonstrator:
         if start_spread_rad:
             spread = {arm: q + random.normal(0, start_spread_rad, 7) for arm, q in homes.items()}
             world.reset(trial, spread)
-        bases = trial.workcell.arms
-        down = {arm: _turn(bases[arm].yaw_rad) @ np.diag([1.0, -1.0, -1.0]) for arm in world.arms}
-        commanded = {arm: world.joints(arm) for arm in world.arms}
-        openings = dict.fromkeys(world.arms, 1.0)
-        level = {arm: self._ik.solve(arm, world.tcp(arm)[0], down[arm], q) for arm, q in commanded.items()}
-        turn = max(float(np.abs(level[arm] - q).max()) for arm, q in commanded.items())
-        steps = int(np.ceil(1.875 * turn / LEVEL_RAD_S * self.rate_hz))
-        for s in np.arange(1, steps + 1) / max(steps, 1):
-            ease = s**3 * (10 - 15 * s + 6 * s**2)
-            yield self._step({arm: q + ease * (level[arm] - q) for arm, q in commanded.items()}, openings)
-        commanded = level
-        for poses in expert(world, self.rate_hz, random):
-            for arm, pose in poses.items():
-                rotation = _turn(pose.yaw) @ down[arm] @ _lean(pose.tilt)
-                commanded[arm] = self._ik.solve(arm, pose.xyz, rotation, commanded[arm])
-                openings[arm] = pose.opening
+        commanded, openings = {}, {}
+        for commanded, openings in lead(world, self._ik, self.rate_hz, random):
             yield self._step(commanded, openings)
             if world.time_s > trial.task.time_limit_s:
                 return
         for _ in range(round(SETTLE_S * self.rate_hz)):
-            yield self._step(commanded, openings)
+            yield self._step(commanded, openings, settling=True)
 
-    def _step(self, commanded: dict[str, np.ndarray], openings: dict[str, float]) -> Step:
+    def _step(
+        self, commanded: dict[str, np.ndarray], openings: dict[str, float], settling: bool = False
+    ) -> Step:
         world = self.world
         step = Step(
             time_s=world.time_s,
@@ -76,6 +97,7 @@ class Demonstrator:
             action_joints={arm: q.copy() for arm, q in commanded.items()},
             action_openings=dict(openings),
             qpos=world.data.qpos.copy(),
+            settling=settling,
         )
         for arm, opening in openings.items():
             world.open_hand(arm, opening)

@@ -1,4 +1,4 @@
-"""`vipra dataset`: check, count, look at, merge and replay recorded demonstrations. Only replay needs ROS."""
+"""`vipra dataset`: check, count, look at, merge, replay and, in simulation, generate demonstrations."""
 
 import argparse
 import json
@@ -27,6 +27,7 @@ EPILOG = """\
   vipra dataset view recordings/cups --episode 12     pictures and joint plots
   vipra dataset merge recordings/monday recordings/tuesday recordings/both
   vipra dataset replay recordings/cups --episode 12   on the arms (vipra up first), inside every limit
+  vipra dataset generate stack_cups recordings/sim --episodes 200    simulated, by the task's scripted expert
 """
 _AT_ONCE = 64  # pictures decoded together
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """0, or 1 where `check` found a problem. Raises EpisodesError, ConfigError, ProcessError."""
     parser = argparse.ArgumentParser(
         prog="vipra dataset",
-        description="Look after recorded demonstrations (LeRobotDataset v3.0).",
+        description="Look after demonstrations (LeRobotDataset v3.0), and generate simulated ones.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,10 +73,39 @@ def main(argv: list[str] | None = None) -> int:
     merge = verbs.add_parser("merge", help="several datasets of one robot to a new one, without loss")
     merge.add_argument("sources", type=Path, nargs="+", metavar="FOLDER")
     merge.add_argument("out", type=Path, metavar="OUT")
-    said = parser.parse_args(argv)
-    return {"check": _check, "stats": _stats, "view": _view, "merge": _merge, "replay": _replay}[said.verb](
-        said
+    generate = verbs.add_parser("generate", help="simulated demonstrations of a task's scripted expert")
+    generate.add_argument("task", metavar="TASK", help="file in config/tasks")
+    generate.add_argument("dataset", type=Path, metavar="FOLDER", help="an interrupted run goes on there")
+    generate.add_argument("--episodes", type=int, default=200, metavar="N", help="in the end (default: 200)")
+    generate.add_argument(
+        "--first-seed",
+        type=int,
+        default=10_000,
+        metavar="S",
+        help="trial of episode 0; evaluate on other seeds (default: %(default)s)",
     )
+    generate.add_argument("--robot", help="file in config/robots (default: sim_ and the task's workcell)")
+    generate.add_argument(
+        "--real-path",
+        action="store_true",
+        help="in real time through the nodes: GELLO's topics, teleop, arms, camera, recorder",
+    )
+    generate.add_argument(
+        "--seconds", type=float, metavar="S", help="end every episode after S, done or not: for a quick look"
+    )
+    generate.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes, not with --real-path (default: 2)"
+    )
+    said = parser.parse_args(argv)
+    run = {
+        "check": _check,
+        "stats": _stats,
+        "view": _view,
+        "merge": _merge,
+        "replay": _replay,
+        "generate": _generate,
+    }
+    return run[said.verb](said)
 
 
 def thresholds(settings: list[str]) -> Quality:
@@ -300,4 +330,40 @@ def _replay(said: argparse.Namespace) -> int:
         f"replayed {done.seconds:.1f} s; the arms followed within {done.error_rms_rad:.3f} rad rms, "
         f"{done.error_max_rad:.3f} rad at most"
     )
+    return 0
+
+
+def _generate(said: argparse.Namespace) -> int:
+    from config.robot import Robot
+    from config.task import Task
+    from vipra_ros.process import signals_raise
+    from vipra_ros.recording.generate import Wanted, generate
+
+    if said.episodes < 1 or said.workers < 1 or said.first_seed < 0:
+        raise ConfigError("--episodes and --workers are at least 1, --first-seed at least 0")
+    if said.seconds is not None and said.seconds < 1:
+        raise ConfigError(f"--seconds {said.seconds:g}: at least 1")
+    task = load(Task, said.task)
+    name = said.robot or f"sim_{task.workcell}"
+    robot = load(Robot, name)
+    if not robot.simulation or robot.workcell != task.workcell:
+        raise ConfigError(f"{name}: {task.name} needs a simulated robot in workcell {task.workcell}")
+    wanted = Wanted(task, robot, said.episodes, said.first_seed, seconds=said.seconds)
+    try:
+        with signals_raise():
+            if said.real_path:
+                from vipra_ros.teleop.expert import demonstrate
+
+                made = demonstrate(wanted, name, said.dataset, print)
+            else:
+                with Progress(console=Console(stderr=True), transient=True) as bar:
+                    job = bar.add_task("episodes", total=said.episodes)
+                    cache = Path.home() / ".cache" / "vipra_ros"
+                    made = generate(
+                        wanted, said.dataset, cache, said.workers, lambda n: bar.update(job, completed=n)
+                    )
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on: {said.dataset}")
+        return 130
+    print(f"{said.dataset}: {made} episodes made, {said.episodes} in all; look at it: vipra dataset view")
     return 0

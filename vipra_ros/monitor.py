@@ -96,6 +96,10 @@ class Monitor:
         span = stamps[-1] - stamps[0] if len(stamps) > 1 else 0.0
         return (len(stamps) - 1) / span if span > 0 else None
 
+    def newest_frame_s(self) -> float:
+        """Capture stamp of the newest picture; -inf before the first."""
+        return self._frames[-1] if self._frames else -float("inf")
+
     def watch_images(self, callback: Callable[[Image], None]) -> None:
         """Call `callback` with every front camera image, in the monitor's thread."""
         self._node.create_subscription(Image, f"{FRONT_CAMERA}/image_raw", callback, qos_profile_sensor_data)
@@ -111,11 +115,11 @@ class Monitor:
             raise CallFailed(f"{service}: {answer.message}")
         return answer.message
 
-    def set_task(self, task: str, timeout_s: float = 5.0) -> None:
-        """Give the policy node its instruction. Raises CallFailed."""
+    def set_task(self, task: str, timeout_s: float = 5.0, node: str = "policy") -> None:
+        """Give `node` (policy or recorder) its instruction. Raises CallFailed."""
         value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=task)
         request = SetParameters.Request(parameters=[Parameter(name="task", value=value)])
-        service = "/policy/set_parameters"
+        service = f"/{node}/set_parameters"
         (result,) = self._request(SetParameters, service, request, timeout_s).results
         if not result.successful:
             raise CallFailed(f"{service}: task {task!r}: {result.reason}")

@@ -115,9 +115,9 @@ class Stage:
     def world(self) -> Lockstep:
         return self._demonstrator.world
 
-    def picture(self) -> np.ndarray:
-        """uint8 [h, w, 3] of the front camera now."""
-        return self._painter.paint(self.world.data.qpos)
+    def picture(self, qpos: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [h, w, 3] of the front camera now, or as it was at `qpos` of the whole scene."""
+        return self._painter.paint(self.world.data.qpos if qpos is None else qpos)
 
     def close(self) -> None:
         if self._painter is not None:
