@@ -187,6 +187,12 @@ class FinetuneRecipe(Recipe):
         None, description="checkpoint folder that gives VQGAN and vocabulary; null: those of start"
     )
     embodiment: str = Field(description="file in config/embodiments, or a path")
+    horizon: int | None = Field(
+        None, ge=1, le=64, description="actions in a chunk instead of the embodiment's; 1: -AC (table 2)"
+    )
+    future_weight: float = Field(
+        0.0, ge=0, description="above 0, +SP3 (table 2): predict o_{t+H} before the actions; of its loss"
+    )
     head: Literal["flow", "ar"] = "flow"
     samples: int = Field(
         1, ge=1, le=16, description="draws of noise and flow time that share one prefix (flow)"
@@ -211,6 +217,8 @@ class FinetuneRecipe(Recipe):
             raise ValueError(f"history_lags {self.history_lags} must sum to 1")
         if self.augmentation and len(self.history_lags) > 2:
             raise ValueError("history_lags beyond one step need augmentation: null (frames are encoded once)")
+        if self.augmentation and self.future_weight:
+            raise ValueError("future_weight needs augmentation: null (frames are encoded once)")
         if self.head == "ar" and (self.representation, self.samples) != ("absolute", 1):
             raise ValueError("head: ar needs representation: absolute and samples: 1")
         return self

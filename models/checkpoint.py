@@ -257,6 +257,11 @@ def load(
         for name in sorted(set(files) - set(big)):
             folders.require_digest(folder / name, folders.digest(folder / name), files[name])
     config = read_config(folder)
+    if serving and config.future_frame:
+        raise CheckpointError(
+            f"{folder} was finetuned with +SP3: before each chunk it draws a frame of {config.frame_tokens} "
+            "tokens, which serving does not do: finetune with future_weight: 0"
+        )
     parts = _read_parts(folder, config, files)
     policy, vqgan = empty(Policy, config, serving), empty(VQGAN, config.vqgan)
     policy, vqgan = policy.to(dtype).to_empty(device=device), vqgan.to_empty(device=device)

@@ -90,7 +90,7 @@ class Policy(nn.Module):
         return Layout(text_slots, self.config.vision_tokens, len(bridge), self.config.horizon)
 
     def embed_scene(self, codes: Tensor, bridge: Ids) -> Tensor:
-        """VQGAN codes [B, 2, N] and the text after them -> embeddings [B, vision + bridge, hidden]."""
+        """VQGAN codes [B, F, N] and the text after them -> embeddings [B, vision + bridge, hidden]."""
         vision = self.backbone.vision_embedding(sequence.vision_ids(self.config, codes))
         after = self.backbone.text_embedding(torch.as_tensor(bridge, device=codes.device))
         return torch.cat([vision, after.expand(len(codes), -1, -1)], 1)
@@ -358,8 +358,8 @@ class Policy(nn.Module):
     ) -> dict[str, Tensor]:
         """ViPRA-AR, stage 3: cross-entropy of action codes [B, H, D] and their ends (`ActionBins.encode`).
 
-        codes [B, 2, N]; valid [B, H] marks actions that count. Returns scalars: `loss`, `action`,
-        `action_accuracy`.
+        codes [B, 2, N], or with the o_{t+H} of +SP3 [B, 3, N]; valid [B, H] marks actions that count.
+        Returns scalars: `loss`, that of the actions, and of each kind cross-entropy and accuracy.
         """
         bridge = torch.as_tensor(bridge, device=codes.device)
         segments = sequence.action_segments(self.config, codes, bridge, actions, valid)

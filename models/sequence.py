@@ -5,7 +5,8 @@ Stage 3 and serving (ViPRA-FM), one row a sample; text is left-padded to a fixed
     | pad .. text, "<vision>" | o_{t-1} codes, eof | o_t codes, eov | "</vision> <action>" | H actions |
     0                         text_slots           ...                                     first_action
 
-ViPRA-AR has H x (D codes, end of action) instead of the H actions. Stage 2 has, after the same text,
+ViPRA-AR has H x (D codes, end of action) instead of the H actions. With +SP3 (paper table 2) the predicted
+o_{t+H} stands between o_t and the text after the frames. Stage 2 has, after the same text,
 
     | o_{t-1} codes, eof | o_t codes, eof | o_{t+H} codes, eov | "</vision> <dynamics>"
     | H x (16 latent codes, end of step) | "</dynamics>", EOS |
@@ -74,9 +75,9 @@ def pad_left(texts: list[list[int]], slots: int, device="cpu") -> tuple[Tensor, 
 
 
 def vision_ids(config: ModelConfig, codes: Tensor, more: bool = False) -> Tensor:
-    """VQGAN codes of o_{t-1}, o_t [B, 2, N] -> ids [B, 2 (N + 1)] with end-of-frame and end-of-vision.
+    """VQGAN codes of F frames [B, F, N] -> ids [B, F (N + 1)] with end-of-frame, end-of-vision at the end.
 
-    more: a predicted frame follows, so o_t closes with end-of-frame too.
+    more: a predicted frame follows, so the last closes with end-of-frame too.
     """
     ends = torch.full_like(codes[:, :, :1], config.end_of_frame)
     if not more:
@@ -165,11 +166,14 @@ def stage2_segments(
 def action_segments(
     config: ModelConfig, codes: Tensor, bridge: Tensor, actions: Tensor, valid: Tensor | None = None
 ) -> list[Segment]:
-    """A ViPRA-AR sequence after its text: frames [B, 2, N], text ids between, action codes [B, H, D];
-    valid [B, H]: actions that count.
+    """A ViPRA-AR sequence after its text: frames [B, 2, N], or with o_{t+H}, which is predicted, [B, 3, N];
+    text ids between, action codes [B, H, D]; valid [B, H]: actions that count.
     """
+    frames = [_given("vision", vision_ids(config, codes[:, :2], more=config.future_frame))]
+    if config.future_frame:
+        frames.append(_predicted("vision", close_each(codes[:, 2:], config.end_of_vision)))
     return [
-        _given("vision", vision_ids(config, codes)),
+        *frames,
         _given("text", bridge.expand(len(codes), -1)),
         _predicted("action", close_each(actions, config.end_of_action), valid),
     ]

@@ -20,6 +20,8 @@ from training.data.sampling import held_out
 from training.distributed import Ranks
 from training.run import Run, TrainingError
 
+OUTSIDE = 1e-3  # of a dimension's unit: recorded numbers are rounded
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -52,7 +54,16 @@ def check_episode(name: str, episode: Episode, robot: Embodiment) -> None:
         raise TrainingError(
             f"{name} was recorded at {rate:.3g} Hz, embodiment {robot.name} says {robot.rate_hz:g} Hz"
         )
-    if episode.state is not None and episode.state.shape != actions.shape:
+    low, high = robot.limits
+    out = np.maximum(low - actions, actions - high)
+    row, column = np.unravel_index(out.argmax(), out.shape)
+    if out[row, column] > OUTSIDE:
+        raise TrainingError(
+            f"{name}: {robot.names[column]} is {actions[row, column]:.4g} in frame {row}, embodiment "
+            f"{robot.name} allows {low[column]:g} to {high[column]:g} {robot.dimensions[column].unit}: "
+            "convert the units, or correct low and high"
+        )
+    if robot.stateful and episode.state is not None and episode.state.shape != actions.shape:
         raise TrainingError(
             f"{name}: state is {list(episode.state.shape)}, actions are {list(actions.shape)}: name the "
             "state in the actions' units in data.datasets.N.state_key"
@@ -90,8 +101,8 @@ class Corpus:
 
 
 class Chunks:
-    """Endless `chunks[n]`: codes of o_{t-1}, o_t, and the chunk that starts at o_t; a pure function of
-    (seed, n).
+    """Endless `chunks[n]`: codes of o_{t-1}, o_t (with `future` also o_{t+H}, or the last frame), and the
+    chunk that starts at o_t; a pure function of (seed, n).
 
     A dataset by its weight, then any of its frames alike. lags: share of samples whose o_{t-1} lies 0,
     1, 2 .. times `history` frames back. Chunks may be played faster than demonstrations were recorded,
@@ -101,8 +112,11 @@ class Chunks:
 
     broken = ()  # read_corpus has said what could not be read
 
-    def __init__(self, corpus: Corpus, seed: int, horizon: int, history: int, lags=(0.0, 1.0)):
+    def __init__(
+        self, corpus: Corpus, seed: int, horizon: int, history: int, lags=(0.0, 1.0), future: bool = False
+    ):
         self.corpus, self.seed, self.horizon, self.history, self.lags = corpus, seed, horizon, history, lags
+        self.future = future
         self.places = [[] for _ in corpus.weights]
         for name, t in corpus.frames:
             self.places[name[0]].append((name, t))
@@ -120,9 +134,12 @@ class Chunks:
         """The sample at frame t of an episode."""
         e = self.corpus.episodes[name]
         actions, mask = chunk(e.actions, t, self.horizon)
+        at = [max(t - lag * self.history, 0), t]
+        if self.future:
+            at.append(min(t + self.horizon, len(e.codes) - 1))
         return {
             "errors": [],
-            "codes": e.codes[[max(t - lag * self.history, 0), t]].astype(np.int64),
+            "codes": e.codes[at].astype(np.int64),
             "actions": actions,
             "mask": mask,
             "state": e.states[t],
@@ -172,7 +189,8 @@ def read_corpus(
                     raise
                 broken.append(f"{config.path}: {error}")
                 continue
-            states = episode.state if episode.state is not None else np.zeros_like(episode.actions)
+            known = robot.stateful and episode.state is not None
+            states = episode.state if known else np.zeros_like(episode.actions)
             mine[number, index] = Demonstration(
                 episode.key, episode.instruction, encode(vqgan, frames), episode.actions, states
             )

@@ -1,7 +1,7 @@
 """Stage 3: a policy that acts, by flow matching (ViPRA-FM) or discrete codes (ViPRA-AR); paper section 4.3,
-appendix D.
+appendix D. Table 2's ablations are values of the recipe: `horizon: 1` (-AC), `future_weight` (+SP3).
 
-Notable: the prefix (text and two frames) never sees the actions, so `samples` independent draws of
+Notable: the prefix (text and frames) never sees the actions, so `samples` independent draws of
 noise and flow time can share one prefix in one pass: the same gradient in expectation, for a fraction
 of the arithmetic.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from config.embodiment import Embodiment
 from config.loading import find, load
@@ -36,7 +38,7 @@ from training.start import parts, weights_source
 from training.text import Prompts
 
 
-def shared_prefix_velocity(
+def shared_prefix(
     policy: Policy,
     texts: list[list[int]],
     codes: Tensor,
@@ -44,8 +46,12 @@ def shared_prefix_velocity(
     s: Tensor,
     bridge: Tensor,
     samples: int = 1,
-) -> Tensor:
-    """g(x_s, s) [B * samples, H, D] for `samples` noisy chunks x a row, s [B * samples]; codes [B, 2, N]."""
+    frame: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """g(x_s, s) [B * samples, H, D] for `samples` noisy chunks x a row, s [B * samples]; codes [B, F, N].
+
+    frame: also the logits [B, N + 1, ids] of the last frame and its end, each from all tokens before it.
+    """
     config, batch, horizon = policy.config, len(codes), x.shape[1]
     layout = policy.layout(max(map(len, texts)), bridge)
     ids, lengths = sequence.pad_left(texts, layout.text_slots, codes.device)
@@ -64,9 +70,14 @@ def shared_prefix_velocity(
         wide[:, :, rows, :first] = mask[:, :, first:, :first]
         wide[:, :, rows, rows] = mask[:, :, first:, first:]
     rotation = rope(config, torch.cat([prefix, actions_at.repeat(1, samples)], 1))
-    tail = None if lora.adapted(policy) else samples * horizon  # `tail` reads the matrices past the adapters
-    hidden = policy.backbone(embedded, rotation, wide, tail=tail)[:, -samples * horizon :]
-    return policy.action_head(hidden).reshape(batch * samples, horizon, -1)
+    # `tail` reads the matrices past the adapters, and drops the frames
+    tail = None if frame or lora.adapted(policy) else samples * horizon
+    hidden = policy.backbone(embedded, rotation, wide, tail=tail)
+    velocity = policy.action_head(hidden[:, -samples * horizon :]).reshape(batch * samples, horizon, -1)
+    if not frame:
+        return velocity, None
+    last = layout.text_slots + layout.vision - 1
+    return velocity, policy.backbone.vision_head(hidden[:, last - config.frame_tokens - 1 : last])
 
 
 def shared_prefix_loss(
@@ -77,27 +88,36 @@ def shared_prefix_loss(
     bridge: Tensor,
     samples: int = 1,
     valid: Tensor | None = None,
-) -> Tensor:
-    """Flow-matching loss of `samples` draws a row. codes [B, 2, N]; actions [B, H, D] normalised; valid
-    [B, H].
+) -> dict[str, Tensor]:
+    """Scalars of `samples` draws a row: `flow`, the flow-matching loss, and with the config's `future_frame`
+    `vision`, the cross-entropy of o_{t+H}. codes [B, F, N]; actions [B, H, D] normalised; valid [B, H].
 
-    Equals `Policy.loss` for one sample, up to the weight of padded rows: here every row weighs the same.
+    `flow` equals `Policy.loss` for one sample, up to padded rows: here every row weighs the same.
     """
-    target = sample_target(actions.float().repeat_interleave(samples, 0), policy.config.objective)
-    prediction = shared_prefix_velocity(policy, texts, codes, target.x, target.s, bridge, samples)
+    config = policy.config
+    target = sample_target(actions.float().repeat_interleave(samples, 0), config.objective)
+    prediction, logits = shared_prefix(
+        policy, texts, codes, target.x, target.s, bridge, samples, config.future_frame
+    )
     if valid is None:
-        return flow_loss(prediction, target)
-    error = (target.weight * prediction.float() - target.velocity).square().mean(-1)
-    counts = valid.repeat_interleave(samples, 0)
-    return ((error * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()
+        parts = {"flow": flow_loss(prediction, target)}
+    else:
+        error = (target.weight * prediction.float() - target.velocity).square().mean(-1)
+        counts = valid.repeat_interleave(samples, 0)
+        parts = {"flow": ((error * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()}
+    if logits is not None:
+        wanted = sequence.close_each(codes[:, 2:], config.end_of_vision)
+        parts["vision"] = F.cross_entropy(logits.float().transpose(1, 2), wanted)
+    return parts
 
 
 class Actor(nn.Module):
     """What the loop calls: the loss of a batch, or (`what="sample"`) chunks sampled for it."""
 
-    def __init__(self, policy: Policy, bridge: list[int], samples: int):
+    def __init__(self, policy: Policy, bridge: list[int], samples: int, future_weight: float):
         super().__init__()
         self.policy, self.bridge, self.samples = policy, bridge, samples
+        self.future_weight = future_weight
 
     def forward(self, batch: Batch, step: int, what: str = "loss") -> dict[str, Tensor]:
         texts, codes, mask = batch["texts"], batch["codes"], batch["mask"]
@@ -106,9 +126,14 @@ class Actor(nn.Module):
             return {"actions": self.sample(texts, codes, bridge, batch["actions"])}
         if self.policy.config.action_heads == "ar":
             parts = self.policy.ar_loss(texts, codes, batch["ids"], bridge, mask)
-            return {name: value.clone() for name, value in parts.items()}  # FSDP2 wants no views
-        loss = shared_prefix_loss(self.policy, texts, codes, batch["actions"], bridge, self.samples, mask)
-        return {"loss": loss}
+        else:
+            parts = shared_prefix_loss(
+                self.policy, texts, codes, batch["actions"], bridge, self.samples, mask
+            )
+            parts["loss"] = parts["flow"]
+        if self.future_weight:
+            parts["loss"] = parts["loss"] + self.future_weight * parts["vision"]
+        return {name: value.clone() for name, value in parts.items()}  # FSDP2 wants no views
 
     def sample(self, texts: list[list[int]], codes: Tensor, bridge: Tensor, like: Tensor) -> Tensor:
         """Normalised actions [B, H, D] in 10 Euler steps, recomputing the prefix (no cache while sharded)."""
@@ -116,7 +141,7 @@ class Actor(nn.Module):
 
         def velocity(u: Tensor, s: float) -> Tensor:
             at = torch.full((len(u),), s, device=u.device)
-            return shared_prefix_velocity(self.policy, texts, codes, u, at, bridge)
+            return shared_prefix(self.policy, texts, codes, u, at, bridge)[0]
 
         return integrate(velocity, noise, objective=self.policy.config.objective)
 
@@ -142,9 +167,9 @@ class Finetune(Stage):
             for t in range(len(e.actions))
         ]
         chunks, states = np.stack([c for c, _ in cuts]), np.stack([s for _, s in cuts])
-        relative = recipe.representation == "relative"
+        relative, (low, high) = recipe.representation == "relative", np.array(robot.limits)
         self.normalizer = normalization.fit(
-            chunks, robot.names, kinds, states if relative else None, recipe.normalization
+            chunks, robot.names, kinds, states if relative else None, recipe.normalization, high - low
         )
         if recipe.head == "ar":
             raw = np.concatenate([e.actions for e in train.episodes.values()])
@@ -154,9 +179,14 @@ class Finetune(Stage):
     def build(self) -> None:
         """The module on meta, and where its weights come from."""
         recipe, robot = self.recipe, self.robot
+        future = recipe.future_weight > 0
+        frames = (2 + future) * (self.config.frame_tokens + 1)
+        longest = self.config.max_text_tokens + frames + robot.horizon
         self.config = self.config.with_embodiment(
             robot.action_dim,
             robot.horizon,
+            future_frame=future,
+            max_positions=max(self.config.max_positions, longest),
             action_heads=recipe.head,
             action_vocab=_action_ids(recipe, self.action_bins),
             chunk_attention=recipe.chunk_attention,
@@ -167,13 +197,15 @@ class Finetune(Stage):
         )
         with torch.device("meta"):
             policy = Policy(self.config)
-        unused = ("backbone.text_head", "backbone.vision_head", "latent_embedding", "latent_head")
+        unused = ["backbone.text_head", "latent_embedding", "latent_head"]
+        unused += [] if future else ["backbone.vision_head"]
         for name, parameter in policy.named_parameters():
-            parameter.requires_grad_(not name.startswith(unused))
+            parameter.requires_grad_(not name.startswith(tuple(unused)))
         source, self.fresh = weights_source(self.config, self.start, recipe.seed)
         if recipe.lora:
             source = lora.attach(policy, recipe.lora, source, recipe.seed, recipe.precision)
-        self.module = Actor(policy, sequence.encode_bridge(self.frames.tokenizer), recipe.samples)
+        bridge = sequence.encode_bridge(self.frames.tokenizer)
+        self.module = Actor(policy, bridge, recipe.samples, recipe.future_weight)
         self.layers = policy.backbone.layers
         self.source = lambda name: source(name.removeprefix("policy."))
         self.tokens_per_sample = (
@@ -205,7 +237,7 @@ class Finetune(Stage):
         on = {"device": "meta"}
         return {
             "texts": [[0] * 48] * count,
-            "codes": torch.zeros(count, 2, self.config.frame_tokens, dtype=torch.long, **on),
+            "codes": torch.zeros(count, self.config.frames, self.config.frame_tokens, dtype=torch.long, **on),
             "actions": torch.zeros(shape, **on),
             "ids": torch.zeros(shape, dtype=torch.long, **on),
             "mask": torch.ones(shape[:2], dtype=torch.bool, **on),
@@ -220,7 +252,8 @@ class Finetune(Stage):
 
     def chunks(self, corpus: Corpus) -> Chunks:
         recipe, robot = self.recipe, self.robot
-        return Chunks(corpus, recipe.seed, robot.horizon, history_frames(robot), recipe.history_lags)
+        future = self.config.future_frame
+        return Chunks(corpus, recipe.seed, robot.horizon, history_frames(robot), recipe.history_lags, future)
 
     # held-out episodes
 
@@ -231,7 +264,8 @@ class Finetune(Stage):
         chunks = self.chunks(corpus)
         picked = [chunks.read(*place) for place in corpus.spread(recipe.validation.samples)]
 
-        samples = recipe.head == "flow" or not recipe.lora  # decoding reads matrices past the adapters
+        decodes = recipe.head == "ar" or recipe.future_weight > 0
+        samples = not (decodes and recipe.lora)  # decoding reads matrices past the adapters
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             found = self.module(batch, step)
@@ -262,12 +296,20 @@ class Finetune(Stage):
         return metrics
 
     def sampled(self, batch: Batch, step: int) -> Tensor:
-        """Chunks the policy would play, normalised [B, H, D]: ten Euler steps, or the likeliest codes."""
-        if self.recipe.head == "flow":
-            return self.module(batch, step, what="sample")["actions"]
+        """Chunks the policy would play, normalised [B, H, D]: ten Euler steps, or the likeliest codes; behind
+        the o_{t+H} that it imagines itself, where the actions follow one.
+        """
         policy, codes = self.module.policy, batch["codes"]
         bridge = torch.tensor(self.module.bridge, device=codes.device)
-        self.module.unshard()  # its tables are read outside its forward
+        if self.config.future_frame:
+            alone = sequence.Stage2(future=True, steps=0, bridge=tuple(self.module.bridge), closing=())
+            self.module.unshard()  # its tables are read outside its forward
+            future = decode.imagine(policy, batch["texts"], codes[:, :2], alone).future
+            self.module.reshard()
+            codes = torch.cat([codes[:, :2], future[:, None]], 1)
+        if self.recipe.head == "flow":
+            return self.module({**batch, "codes": codes}, step, what="sample")["actions"]
+        self.module.unshard()
         texts = [policy.encode_text(text) for text in batch["texts"]]
         cache = decode.action_cache(policy, len(codes), bridge)
         ids = decode.decode_actions(policy, texts, codes, cache, bridge, self.action_bins.counts)
@@ -292,9 +334,10 @@ class Finetune(Stage):
         chunks = self.chunks(corpus)
         parts = [chunks.read(name, t) for t in range(0, len(episode.actions), horizon)]
         torch.manual_seed(recipe.seed)
+        batches = [parts[i : i + recipe.micro_batch] for i in range(0, len(parts), recipe.micro_batch)]
         with torch.no_grad():  # every rank: sharded modules need all of them
-            batch = self.prepare(collate(parts), ranks.device)
-            sampled = self.sampled(batch, step).cpu().numpy()
+            ready = [self.prepare(collate(batch), ranks.device) for batch in batches]
+            sampled = torch.cat([self.sampled(batch, step) for batch in ready]).cpu().numpy()
         states = np.stack([part["state"] for part in parts]) if self.normalizer.needs_state else None
         played = self.normalizer.denormalize(sampled, states).reshape(-1, self.robot.action_dim)
         if run.rank == 0:
@@ -323,6 +366,8 @@ class Finetune(Stage):
 
     def card(self, folder: Path, run: Run) -> str:
         recipe, last = self.recipe, run.last()
+        head = {"flow": "ViPRA-FM", "ar": "ViPRA-AR"}[recipe.head]
+        head += " +SP3 (for study, cannot be served)" if self.config.future_frame else ""
         began = (
             f"`{self.start.path.name}` ({self.start.hash[:12]})" if self.start else "random weights (Scratch)"
         )
@@ -331,7 +376,7 @@ class Finetune(Stage):
         size = sum(math.prod(s) for s in checkpoint.parameter_shapes(Policy, self.config).values())
         episodes = len(self.train_corpus.episodes), len(self.held_out.episodes)
         return CARD.format(
-            name=folder.name, head={"flow": "ViPRA-FM", "ar": "ViPRA-AR"}[recipe.head], parameters=size,
+            name=folder.name, head=head, parameters=size,
             model=recipe.model, robot=self.robot.name, dim=self.robot.action_dim, horizon=self.robot.horizon,
             rate=self.robot.rate_hz, representation=recipe.representation, began=began, tasks=shown,
             episodes=episodes[0], held_out=episodes[1], steps=recipe.steps, batch=recipe.global_batch,
@@ -365,18 +410,28 @@ Serve it: `vipra serve --policy POLICY.yaml` with `checkpoint:` set to this fold
 """
 
 
+def embodiment(recipe: FinetuneRecipe) -> tuple[Embodiment, str]:
+    """The recipe's embodiment with its horizon, and the YAML text that says so. Raises ConfigError."""
+    path = find(Embodiment.KIND, recipe.embodiment)
+    robot, text = load(Embodiment, recipe.embodiment), path.read_text()
+    if recipe.horizon is None:
+        return robot, text
+    data = {**yaml.safe_load(text), "horizon": recipe.horizon}
+    return robot.model_copy(update={"horizon": recipe.horizon}), yaml.safe_dump(data, sort_keys=False)
+
+
 def plan(recipe: FinetuneRecipe) -> Finetune:
     """The stage without data, for estimates."""
-    robot = load(Embodiment, recipe.embodiment)
-    stage = Finetune(recipe, robot, "", planning=True)
+    stage = Finetune(recipe, *embodiment(recipe), planning=True)
     stage.build()
     return stage
 
 
 def build(recipe: FinetuneRecipe, ranks: Ranks, run: Run) -> Finetune:
     """Read and encode the demonstrations, fit their statistics, plan the module."""
-    robot = load(Embodiment, recipe.embodiment)
-    stage = Finetune(recipe, robot, find(Embodiment.KIND, recipe.embodiment).read_text())
+    robot, text = embodiment(recipe)
+    recipe = recipe.model_copy(update={"data": recipe.data.seen_through(robot.crop)})
+    stage = Finetune(recipe, robot, text)
     train, held = read_corpus(recipe.data, robot, stage.frames.vqgan(ranks.device), ranks, run)
     stage.fit(train, held)
     run.say(

@@ -124,7 +124,12 @@ class Pretrain(Stage):
     def __init__(self, recipe: PretrainRecipe, planning: bool = False):
         self.recipe = recipe
         self.start, self.frames, config = parts(recipe, planning)
-        choices = {"action_heads": "none", "action_vocab": 0, "dropout": recipe.dropout}
+        choices = {
+            "action_heads": "none",
+            "action_vocab": 0,
+            "future_frame": False,
+            "dropout": recipe.dropout,
+        }
         if self.start is None:
             choices["latent_head"] = recipe.latent_head
         self.config = dataclasses.replace(config, **choices)

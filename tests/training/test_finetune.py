@@ -8,17 +8,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from config.dataset import DatasetConfig
 from config.embodiment import Embodiment
 from config.loading import ConfigError
 from config.training import FinetuneRecipe, Lora, TokenizerRecipe, load_recipe
 from models import checkpoint, sequence
+from models.checkpoint import CheckpointError
 from models.config import SIZES, VQGANConfig
 from models.flow import integrate
 from models.policy import Policy
 from models.tokenizer import Tokenizer
 from models.vqgan import VQGAN
+from policy_server.engine import Engine, Request
 from training import distributed, finetune, loop, start
 from training.actions import Corpus, Demonstration, chunk
 from training.data.augment import prepare
@@ -116,15 +119,15 @@ def demonstration(length: int = 12, seed: int = 0) -> Demonstration:
     return Demonstration("e", "move", codes, actions, actions)
 
 
-def stage_for(plan: FinetuneRecipe, *demos: Demonstration) -> Finetune:
-    stage = Finetune(plan, ROBOT, "name: bridge\n")
+def stage_for(plan: FinetuneRecipe, *demos: Demonstration, robot=(ROBOT, "name: bridge\n")) -> Finetune:
+    stage = Finetune(plan, *robot)
     corpus = Corpus({(0, i): demo for i, demo in enumerate(demos)}, (1.0,))
     stage.fit(corpus, corpus)
     return stage
 
 
-def trained(plan, ranks, folder, *demos) -> tuple[Finetune, Run]:
-    stage, run = stage_for(plan, *demos), Run(folder, plan)
+def trained(plan, ranks, folder, *demos, **robot) -> tuple[Finetune, Run]:
+    stage, run = stage_for(plan, *demos, **robot), Run(folder, plan)
     try:
         assert loop.train(stage, plan, run, ranks, stage.samples())
     finally:
@@ -145,7 +148,7 @@ def inputs(dim: int = 4, **choices):
 def test_samples_of_one_prefix_do_not_see_each_other():
     policy, texts, codes, actions, bridge = inputs()
     torch.manual_seed(1)
-    shared = shared_prefix_loss(policy, texts, codes, actions, bridge, samples=3)
+    shared = shared_prefix_loss(policy, texts, codes, actions, bridge, samples=3)["flow"]
     torch.manual_seed(1)
     repeated = policy.loss(
         [text for text in texts for _ in range(3)],
@@ -164,7 +167,7 @@ def test_masked_actions_do_not_count():
     losses = []
     for a in (actions, changed):
         torch.manual_seed(1)
-        losses.append(shared_prefix_loss(policy, texts, codes, a, bridge, valid=mask))
+        losses.append(shared_prefix_loss(policy, texts, codes, a, bridge, valid=mask)["flow"])
     assert losses[0] < 10 and torch.allclose(*losses, atol=1e-4)  # causal chunk: padding comes last
 
 
@@ -178,7 +181,7 @@ def test_the_flow_head_learns_both_modes_and_not_their_mean():
     torch.manual_seed(0)
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
-        loss = shared_prefix_loss(policy, text * 2, twice, both, bridge, samples=16)
+        loss = shared_prefix_loss(policy, text * 2, twice, both, bridge, samples=16)["flow"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -248,7 +251,7 @@ def test_adapters_merge_into_the_function_they_computed(ranks, frame_tokenizer, 
     arguments = (batch["texts"], batch["codes"], batch["actions"], torch.full((4,), 0.5), bridge)
     with torch.no_grad():
         stage.module.unshard()
-        adapted = finetune.shared_prefix_velocity(stage.module.policy, *arguments)
+        adapted = finetune.shared_prefix(stage.module.policy, *arguments)[0]
         plain, untouched = merged.velocity(*arguments), base.velocity(*arguments)
     assert torch.allclose(adapted, plain, atol=3e-2) and not torch.allclose(plain, untouched, atol=0.1)
 
@@ -262,6 +265,62 @@ def test_a_joint_that_never_moves_trains_and_saves(head, ranks, frame_tokenizer,
     stage.export(tmp_path / "out", run, ranks)
     loaded = checkpoint.load(tmp_path / "out")
     assert loaded.normalizer.scale[2] > 0 and (loaded.bins is not None) == (head == "ar")
+
+
+@pytest.mark.parametrize("head", ["flow", "ar"])
+def test_one_action_in_place_of_a_chunk_is_trained_and_served(head, ranks, frame_tokenizer, tmp_path):
+    """-AC at finetuning."""
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(ROBOT.model_dump(mode="json")))
+    plan = recipe(frame_tokenizer, head=head, horizon=1, embodiment=str(tmp_path / "robot.yaml"))
+    stage, run = trained(plan, ranks, tmp_path / "run", demonstration(), robot=finetune.embodiment(plan))
+    assert stage.module.policy.config.horizon == 1 and np.isfinite(run.last()["validation/action_mse"])
+    stage.export(tmp_path / "out", run, ranks)
+    engine = Engine(checkpoint.load(tmp_path / "out", serving=True))
+    request = Request(np.zeros((2, 32, 32, 3), np.uint8), "move", 0, None)
+    assert engine.infer([request])[0].actions.shape == (1, 7) and engine.metadata.horizon == 1
+
+
+@pytest.mark.parametrize("head", ["flow", "ar"])
+def test_a_predicted_frame_before_the_actions_trains_and_is_not_served(
+    head, ranks, frame_tokenizer, tmp_path
+):
+    """+SP3: the actions follow the real o_{t+H} in training, and the imagined one when they are sampled."""
+    demo = demonstration()
+    plan = recipe(frame_tokenizer, head=head, future_weight=0.5)
+    stage, run = trained(plan, ranks, tmp_path / "run", demo)
+    last = run.last()
+    actions = last["flow" if head == "flow" else "action"]
+    assert last["loss"] == pytest.approx(actions + 0.5 * last["vision"], rel=1e-4)
+    rows = [stage.chunks(stage.held_out).read((0, 0), t) for t in (3, 10)]
+    assert (rows[0]["codes"][2] == demo.codes[7]).all() and (rows[1]["codes"][2] == demo.codes[11]).all()
+
+    batch = stage.prepare(collate(rows), ranks.device)
+    other = {**batch, "codes": batch["codes"].clone()}
+    other["codes"][:, 2] = (other["codes"][:, 2] + 1) % 64
+    stage.module.eval()
+
+    def computed(what, batch):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return what(batch, 1)
+
+    kind = "flow" if head == "flow" else "action"
+    assert computed(stage.module, batch)[kind] != computed(stage.module, other)[kind]
+    assert torch.equal(computed(stage.sampled, batch), computed(stage.sampled, other))
+
+    stage.module.unshard()
+    policy, codes = stage.module.policy, batch["codes"]
+    given = sequence.vision_ids(policy.config, codes[:, :2], more=True)
+    future = sequence.close_each(codes[:, 2:], policy.config.end_of_vision)
+    counted = torch.ones_like(future, dtype=torch.bool)
+    segments = [sequence.Segment("vision", given), sequence.Segment("vision", future, counted)]
+    with torch.no_grad():
+        alone = policy.token_losses(batch["texts"], segments)["vision"]
+    torch.testing.assert_close(computed(stage.module, batch)["vision"], alone, atol=1e-5, rtol=1e-5)
+
+    stage.export(tmp_path / "out", run, ranks)
+    with pytest.raises(CheckpointError, match=r"\+SP3: before each chunk it draws a frame of 16 tokens"):
+        checkpoint.load(tmp_path / "out", serving=True)
 
 
 @pytest.mark.skipif(not LEROBOT.is_dir(), reason="needs ../shared/data/lerobot_v3_video")
