@@ -1,0 +1,65 @@
+"""The policy server of an evaluation: started here for a policy, or running somewhere else at an address."""
+
+import contextlib
+from pathlib import Path
+
+import yaml
+
+from config.embodiment import Embodiment
+from policy_server.client import PolicyClient, ServerUnavailable
+from policy_server.protocol import Metadata
+from vipra_ros import bringup
+from vipra_ros.evaluation.ledger import EvaluationError, Void
+from vipra_ros.process import Child, ProcessError, free_port
+
+ANSWER_S = 60.0  # wall time for one request
+READY_S = 120.0  # wall time for a server that was started elsewhere
+
+
+class Server:
+    """`start`, and again when it died; `stop` at the end. `bind`: where to serve, or a free local port."""
+
+    def __init__(self, policy: str, embodiment: Embodiment, folder: Path, bind: str | None = None):
+        self._policy, self._embodiment, self._folder, self._bind = policy, embodiment, folder, bind
+        self._resources = contextlib.ExitStack()
+        self._children: list[Child] = []
+        self.address = ""
+        self.client: PolicyClient | None = None
+        self.metadata: Metadata | None = None
+
+    def start(self) -> None:
+        """Raises ProcessError, EvaluationError when it does not get ready, Mismatch for another robot's."""
+        self.stop()
+        self.address = self._policy
+        if "://" not in self._policy:
+            self.address = self._bind or f"tcp://127.0.0.1:{free_port()}"
+            graph = bringup.describe("policy_server", {"policy": self._served(), "bind": self.address})
+            self._children = self._resources.enter_context(bringup.running(graph, self._folder / "logs"))
+        client = PolicyClient(self.address, timeout_s=ANSWER_S, embodiment=self._embodiment)
+        self._resources.callback(client.close)
+        try:
+            self.metadata = client.hello(READY_S)
+        except ServerUnavailable as error:
+            raise EvaluationError(f"no policy server: {error}") from error
+        self.client = client
+
+    def check(self) -> None:
+        """Raises Void when the process has ended."""
+        try:
+            for child in self._children:
+                child.check()
+        except ProcessError as error:
+            raise Void(str(error).splitlines()[0]) from error
+
+    def _served(self) -> str:
+        """What `vipra serve` is given; a checkpoint folder gets a policy file of its own."""
+        folder = Path(self._policy).expanduser()
+        if not (folder / "config.json").is_file():
+            return self._policy
+        path = self._folder / "policy.yaml"
+        path.write_text(yaml.safe_dump({"checkpoint": str(folder.resolve())}))
+        return str(path.resolve())
+
+    def stop(self) -> None:
+        self._resources.close()
+        self._children, self.client = [], None
