@@ -4,6 +4,7 @@
 """
 
 import sys
+import threading
 
 import numpy as np
 
@@ -63,6 +64,19 @@ class Echo(StandIn):
         if request.task == "nan":
             actions[3, 1] = np.nan
         return actions[:-1] if request.task == "short" else actions
+
+
+class Gate(Echo):
+    """Runs until the test releases `opened`."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.entered, self.opened = threading.Semaphore(0), threading.Semaphore(0)
+
+    def infer(self, requests):
+        self.entered.release()
+        assert self.opened.acquire(timeout=20)
+        return super().infer(requests)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import zmq
 from policy_server import protocol
 from policy_server.client import Mismatch, PolicyClient, RequestFailed, ServerUnavailable, check
 from policy_server.router import Server
-from tests.policy_server.policies import SIZE, Echo, embodiment, frames
+from tests.policy_server.policies import SIZE, Echo, Gate, embodiment, frames
 
 
 @pytest.fixture
@@ -102,11 +102,13 @@ def test_jpeg_and_state_and_prefetch_travel():
 
 
 def test_ping_and_stats_answer_while_the_policy_is_busy():
-    with serving(Echo(delay_s=0.5)) as (_, client):
+    policy = Gate()
+    with serving(policy) as (_, client):
         client.hello()
         client.submit(frames(), "stack", 0.0)
-        assert client.ping() < 0.4
         until(lambda: client.stats().running == 1)
+        assert client.ping(5.0) < 5.0
+        policy.opened.release()
         assert isinstance(outcomes(client, 1)[0], protocol.Chunk)
 
 
@@ -128,7 +130,7 @@ def test_nothing_waits_when_there_is_no_server(address):
         client.prefetch(frames()[0], "stack")
         client.cancel(seqs[0])
         found = client.poll()
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 10.0
         assert [outcome.seq for outcome in found] == seqs
         assert {outcome.code for outcome in found} == {"not_sent"}
         with pytest.raises(ServerUnavailable, match="is the server running"):
@@ -185,11 +187,10 @@ def test_a_frozen_server_ends_requests_with_a_timeout_and_nothing_waits(address)
         for _ in range(20):
             seqs.append(client.submit(frames(), "stack", 0.0))
             client.poll()  # must not wait either
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 5.0, "waiting each time would take 10 s"
         last = client.submit(frames(), "stack", 0.0)
-        found = client.poll(5.0)
-        while found[-1].seq != last:
-            found += outcomes(client, 1)
+        found = []
+        until(lambda: found.extend(client.poll(0.1)) or (found and found[-1].seq == last))
         assert {outcome.code for outcome in found} <= {"timeout", "not_sent", "disconnected"}
         server.signal(signal.SIGCONT)
 
@@ -350,7 +351,7 @@ def test_a_bad_address_is_named():
 
 
 def test_sigterm_ends_the_process_cleanly_and_tells_who_waits(address):
-    with ServerProcess(address, 0.3) as server, PolicyClient(address, timeout_s=10) as client:
+    with ServerProcess(address, 1.5) as server, PolicyClient(address, timeout_s=10) as client:
         client.hello(10)
         running = client.submit(frames(), "stack", 0.0)
         until(lambda: client.stats().running == 1)

@@ -19,23 +19,10 @@ from policy_server.client import PolicyClient
 from policy_server.router import ServeError, Server, stays_here
 from policy_server.scheduler import DeviceFailed
 from policy_server.server import main
-from tests.policy_server.policies import SIZE, Echo
+from tests.policy_server.policies import SIZE, Echo, Gate
 from tests.policy_server.raw import Raw, infer, message
 
 ANY_PORT = "tcp://127.0.0.1:*"
-
-
-class Gate(Echo):
-    """Runs until the test opens the gate."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.entered, self.opened = threading.Semaphore(0), threading.Semaphore(0)
-
-    def infer(self, requests):
-        self.entered.release()
-        assert self.opened.acquire(timeout=20)
-        return super().infer(requests)
 
 
 @contextlib.contextmanager
@@ -330,6 +317,7 @@ def test_a_prefetch_runs_only_when_no_request_waits_and_is_dropped_when_its_own_
         busy.send(infer(1))
         assert policy.entered.acquire(timeout=5)
         one.send(message("prefetch", 1, image=picture, task="kept"))
+        assert one.ask(message("ping"))["type"] == "pong", "it has arrived"
         two.send(message("prefetch", 1, image=picture, task="overtaken"))
         two.send(infer(2))
         waiting(server, 1)
@@ -403,16 +391,14 @@ def test_ping_and_stats_are_answered_while_an_inference_runs(gate):
 
 
 def test_two_robots_on_a_slow_policy_each_see_one_latency_not_two():
-    policy = Echo(delay_s=0.5)
-    with serving(policy, gather_ms=100) as server, Raw(server.endpoint) as one, Raw(server.endpoint) as two:
+    policy = Echo(delay_s=0.1)
+    with serving(policy, gather_ms=5000) as server, Raw(server.endpoint) as one, Raw(server.endpoint) as two:
         for raw in (one, two):
             raw.ask(message("hello"))
         for seq in (1, 2):
-            start = time.monotonic()
             for raw in (one, two):
                 raw.send(infer(seq))
             assert one.receive()["type"] == two.receive()["type"] == "chunk"
-            assert time.monotonic() - start < 0.95
     assert [len(batch) for batch in policy.batches] == [2, 2]
 
 
