@@ -67,7 +67,10 @@ class Mixture(Strict):
         "skip", description="skip: an unreadable episode is counted and replaced; raise: it ends the run"
     )
 
-    def seen_through(self, crop: Crop | None) -> "Mixture":
-        """With `crop` for every dataset that names none of its own."""
-        datasets = tuple(d if d.crop else d.model_copy(update={"crop": crop}) for d in self.datasets)
+    def seen_through(self, crop: Crop | None, camera: str | None = None) -> "Mixture":
+        """With `crop` and the view `camera` for every dataset that names none of its own."""
+        views = (camera,) if camera else ()
+        datasets = tuple(
+            d.model_copy(update={"crop": d.crop or crop, "views": d.views or views}) for d in self.datasets
+        )
         return self.model_copy(update={"datasets": datasets})

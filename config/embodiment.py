@@ -41,8 +41,8 @@ class Dimension(Strict):
         description="joint: absolute position in rad; gripper: opening 0 (closed) to 1 (open); "
         "translation, rotation: step in m, rad per action, in the base's axes"
     )
-    low: float | None = Field(None, description="least value a demonstration may hold and a server may send")
-    high: float | None = Field(None, description="greatest one; null: unlimited here")
+    low: float | None = Field(None, description="least value that a demonstration may hold")
+    high: float | None = Field(None, description="greatest one; null: not checked")
 
     @model_validator(mode="after")
     def _range(self):
@@ -124,8 +124,8 @@ class Embodiment(Strict):
                 together = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
                 if not together or kinds not in (_STEP, [*_STEP, "gripper"]):
                     raise ValueError(
-                        f"arm {arm} has {', '.join(kinds)}: end_effector_deltas need three translations, three "
-                        "rotations, then at most one gripper in a row, with names that begin with the arm's"
+                        f"arm {arm} has {', '.join(kinds)}: end_effector_deltas need three translations, "
+                        "three rotations, then at most one gripper, with names that begin with the arm's"
                     )
         return self
 

@@ -1,8 +1,9 @@
 """Actions between the robot's units and the network's: statistics of the demonstrations, kept with the
 checkpoint.
 
-Joints are in rad, absolute or relative to the state at t_obs (a_i - q(t_obs)); grippers are openings 0
-(closed) to 1 (open), always absolute, mapped to [-1, 1]. Everything is `centre + scale * x` per dimension;
+Joints are in rad, absolute or relative to the state at t_obs (a_i - q(t_obs)); translations and rotations are
+steps, m and rad an action (config.embodiment), and stay as they are; grippers are openings 0 (closed) to 1
+(open), always absolute, mapped to [-1, 1]. Everything is `centre + scale * x` per dimension;
 numpy, float64 inside.
 """
 
@@ -13,7 +14,8 @@ import numpy as np
 
 JOINT_RANGE = 5.5  # rad, about the width of an FR3 joint's range (Franka Robotics datasheet: 3.6 to 6.0)
 SCALE_FLOOR = 1e-3  # of the joint's range: a joint that never moved must not turn noise into huge numbers
-MARGIN_FLOOR = 0.02  # rad
+MARGIN_FLOOR = 0.02  # rad, of joints; a step's margin is its range's alone
+KINDS = {"joint", "gripper", "translation", "rotation"}
 
 
 class NormalizationError(ValueError):
@@ -25,7 +27,7 @@ class Normalizer:
     """Statistics of D dimensions. Raises NormalizationError for inconsistent or non-finite numbers."""
 
     names: tuple[str, ...]
-    kinds: tuple[str, ...]  # joint | gripper
+    kinds: tuple[str, ...]  # of KINDS
     representation: str  # absolute | relative
     method: str  # mean_std | quantile
     centre: tuple[float, ...]
@@ -42,8 +44,12 @@ class Normalizer:
             raise NormalizationError(f"method {self.method!r} is not mean_std or quantile")
         if d == 0 or len(set(self.names)) != d or not all(isinstance(name, str) for name in self.names):
             raise NormalizationError(f"names {self.names} must be distinct words")
-        if len(self.kinds) != d or not set(self.kinds) <= {"joint", "gripper"}:
-            raise NormalizationError(f"kinds {self.kinds} must be joint or gripper for each of {d} names")
+        if len(self.kinds) != d or not set(self.kinds) <= KINDS:
+            raise NormalizationError(
+                f"kinds {self.kinds} must be one of {', '.join(sorted(KINDS))} for each of {d} names"
+            )
+        if self.needs_state and not set(self.kinds) <= {"joint", "gripper"}:
+            raise NormalizationError("end-effector steps are relative already: use representation absolute")
         for key in ("centre", "scale", "low", "high"):
             values = getattr(self, key)
             if len(values) != d or not np.isfinite(np.asarray(values, float)).all():
@@ -66,9 +72,10 @@ class Normalizer:
 
     @property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest action that ever leaves: [D] each, rad or opening."""
+        """Lowest and highest action that ever leaves: [D] each, in its kind's unit."""
         low, high = np.asarray(self.low, float), np.asarray(self.high, float)
-        margin = np.maximum(self.margin * (high - low), MARGIN_FLOOR)
+        floor = [MARGIN_FLOOR if kind == "joint" else 0.0 for kind in self.kinds]
+        margin = np.maximum(self.margin * (high - low), floor)
         return np.where(self.gripper, 0.0, low - margin), np.where(self.gripper, 1.0, high + margin)
 
     def _offset(self, actions: np.ndarray, state: np.ndarray | None) -> np.ndarray | float:
@@ -129,13 +136,13 @@ def fit(
     kinds: tuple[str, ...],
     states: np.ndarray | None = None,
     method: str = "mean_std",
-    joint_range: float | np.ndarray = JOINT_RANGE,
+    ranges: float | np.ndarray = JOINT_RANGE,
     margin: float = 0.05,
 ) -> Normalizer:
     """Statistics of demonstrated chunks [n, H, D]; with `states` [n, D] joints become relative to them.
 
-    method mean_std, or quantile (1st and 99th percentile to -1 and 1). joint_range: rad, width of each
-    joint's range.
+    method mean_std, or quantile (1st and 99th percentile to -1 and 1). ranges: width [D] of what each
+    dimension may be, in its unit; JOINT_RANGE where it is not finite.
     """
     chunks = np.asarray(chunks, float)
     if (
@@ -156,7 +163,8 @@ def fit(
         centre, scale = (low + high) / 2, (high - low) / 2
     else:
         centre, scale = values.mean(0), values.std(0)
-    scale = np.maximum(scale, SCALE_FLOOR * np.asarray(joint_range))
+    ranges = np.where(np.isfinite(ranges), ranges, JOINT_RANGE)
+    scale = np.maximum(scale, SCALE_FLOOR * ranges)
     return Normalizer(
         names=tuple(names),
         kinds=tuple(kinds),

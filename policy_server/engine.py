@@ -270,7 +270,7 @@ class Engine:
         return self._frames.get(key)
 
     def _actions(self, x: np.ndarray, state: np.ndarray | None) -> np.ndarray:
-        """The network's [H, D] -> rad and opening, within limits."""
+        """The network's [H, D] -> the embodiment's units, within limits."""
         if self.bins is None:
             return self.normalizer.denormalize(x, state)
         return np.clip(self.bins.decode(x.astype(np.int64)), *self.normalizer.limits).astype(np.float32)

@@ -430,7 +430,7 @@ def plan(recipe: FinetuneRecipe) -> Finetune:
 def build(recipe: FinetuneRecipe, ranks: Ranks, run: Run) -> Finetune:
     """Read and encode the demonstrations, fit their statistics, plan the module."""
     robot, text = embodiment(recipe)
-    recipe = recipe.model_copy(update={"data": recipe.data.seen_through(robot.crop)})
+    recipe = recipe.model_copy(update={"data": recipe.data.seen_through(robot.crop, robot.camera)})
     stage = Finetune(recipe, robot, text)
     train, held = read_corpus(recipe.data, robot, stage.frames.vqgan(ranks.device), ranks, run)
     stage.fit(train, held)

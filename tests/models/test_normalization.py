@@ -85,7 +85,7 @@ def test_relative_chunks_start_where_the_arm_is():
 
 def test_a_joint_that_never_moved_keeps_a_usable_scale():
     chunks, _ = demonstrations()
-    normalizer = fit(chunks, NAMES, KINDS, joint_range=5.0)
+    normalizer = fit(chunks, NAMES, KINDS, ranges=5.0)
     assert normalizer.scale[3] == pytest.approx(5.0 * SCALE_FLOOR)
     low, high = normalizer.limits
     assert (low[3], high[3]) == pytest.approx((0.68, 0.72))
