@@ -174,6 +174,9 @@ class PretrainRecipe(Recipe):
     text_weight: float = Field(0.0, ge=0)
     dropout: Probability = 0.0
     latent_head: Literal["linear", "mlp"] = "linear"
+    pack: int | None = Field(
+        None, ge=1, description="tokens of a row that holds several sequences; null: one a row, padded"
+    )
 
 
 class FinetuneRecipe(Recipe):

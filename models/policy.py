@@ -288,33 +288,44 @@ class Policy(nn.Module):
             "action": self.action_code_head,
         }[kind]
 
-    def token_logits(self, texts: list[list[int]], segments: list[Segment]) -> list[Tensor | None]:
+    def token_logits(
+        self, texts: list[list[int]], segments: list[Segment], pack: int | None = None
+    ) -> list[Tensor | None]:
         """For each segment the logits [B, n, ids] of its tokens, each from all tokens before it.
 
-        Teacher forcing; None for a segment that is given. texts: ids up to `<vision>`.
+        Teacher forcing; None for a segment that is given. texts: ids up to `<vision>`. pack: compute rows of
+        up to so many tokens that hold several sequences; the result is the same.
         """
         widths = [segment.ids.shape[1] for segment in segments]
         layout = sequence.token_layout(max(map(len, texts)), sum(widths))
         ids, lengths = sequence.pad_left(texts, layout.text_slots, segments[0].ids.device)
         embedded = [self.table(segment.kind)(segment.ids) for segment in segments]
-        hidden = self.backbone(
-            torch.cat([self.backbone.text_embedding(ids), *embedded], 1),
-            rope(self.config, sequence.positions(lengths, layout)),
-            sequence.attention_mask(lengths, layout),
-        )
+        x = torch.cat([self.backbone.text_embedding(ids), *embedded], 1)
+        places = sequence.positions(lengths, layout)
+        if pack is None:
+            mask = sequence.attention_mask(lengths, layout)
+            hidden = self.backbone(x, rope(self.config, places), mask)
+        else:
+            real = [len(text) + sum(widths) for text in texts]
+            rows = sequence.pack(real, layout.slots, pack, x.device)
+            places = places.flatten()[rows.take]
+            hidden = self.backbone(x.flatten(0, 1)[rows.take], rope(self.config, places), rows.mask)
+            hidden = hidden.flatten(0, 1)[rows.back]
         before = hidden[:, layout.text_slots - 1 : -1].split(widths, 1)
         return [
             None if segment.counts is None else self.token_head(segment.kind)(h)
             for segment, h in zip(segments, before, strict=True)
         ]
 
-    def token_losses(self, texts: list[list[int]], segments: list[Segment]) -> dict[str, Tensor]:
+    def token_losses(
+        self, texts: list[list[int]], segments: list[Segment], pack: int | None = None
+    ) -> dict[str, Tensor]:
         """Cross-entropy and accuracy of each predicted kind: {kind: .., kind_accuracy: ..}, scalars.
 
         A sample's mean over its tokens that count, then the mean over samples, so that a batch may be split.
         """
         sums: dict[str, Tensor] = {}
-        for segment, logits in zip(segments, self.token_logits(texts, segments), strict=True):
+        for segment, logits in zip(segments, self.token_logits(texts, segments, pack), strict=True):
             if logits is None:
                 continue
             error = F.cross_entropy(logits.float().transpose(1, 2), segment.ids, reduction="none")
@@ -334,16 +345,16 @@ class Policy(nn.Module):
         choice: Stage2,
         valid: Tensor | None = None,
         weights: dict[str, float] = STAGE2_WEIGHTS,
+        pack: int | None = None,
     ) -> dict[str, Tensor]:
         """Stage 2: predict o_{t+H} and the latent actions (paper section 4.2, equation 3).
 
         frames: codes of o_{t-1}, o_t, o_{t+H} [B, 3, N]; latents [B, H, 16]; valid [B, H] marks latent
-        actions that count. Returns scalars: `loss`, and of each kind (vision, latent, text) cross-entropy and
-        accuracy.
+        actions that count; pack: as in `token_logits`. Returns scalars: `loss`, and of each kind (vision,
+        latent, text) cross-entropy and accuracy.
         """
-        parts = self.token_losses(
-            texts, sequence.stage2_segments(self.config, choice, frames, latents, valid)
-        )
+        segments = sequence.stage2_segments(self.config, choice, frames, latents, valid)
+        parts = self.token_losses(texts, segments, pack)
         return {
             "loss": sum(weight * parts[kind] for kind, weight in weights.items() if kind in parts)
         } | parts

@@ -202,3 +202,40 @@ def attention_mask(
     real = key[None] >= (layout.text_slots - lengths[:, None])
     mask = (mask[None] & real[:, None]) | (key[None] == query)[None]
     return mask[:, None]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Several sequences in a row [R, L], the padding between them gone; the reverse of `pad_left`."""
+
+    take: Tensor  # [R, L] int64, which of the B x slots padded tokens; 0 past a row's end
+    mask: Tensor  # [R, 1, L, L] bool, causal within a sequence
+    back: Tensor  # [B, slots] int64, where among the R x L a padded token went; 0 for padding
+
+
+def pack(lengths: list[int], slots: int, limit: int, device="cpu") -> Packing:
+    """Put B sequences, the last `lengths` of `slots` tokens each, into rows of at most `limit`: each into the
+    first row that has room. Raises ValueError for one that no row can hold.
+    """
+    if max(lengths) > limit:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit rows of {limit}")
+    rows: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        room = (row for row in rows if sum(lengths[k] for k in row) + length <= limit)
+        if (row := next(room, None)) is None:
+            rows.append(row := [])
+        row.append(i)
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    take = torch.zeros(len(rows), width, dtype=torch.long)
+    owner = torch.full((len(rows), width), -1)
+    back = torch.zeros(len(lengths), slots, dtype=torch.long)
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            here = slice(at, at := at + lengths[i])
+            take[r, here] = torch.arange(slots - lengths[i], slots) + i * slots
+            owner[r, here] = i
+            back[i, slots - lengths[i] :] = torch.arange(here.start, here.stop) + r * width
+    owner = owner.to(device)
+    same = owner[:, :, None] == owner[:, None]
+    return Packing(take.to(device), same.tril()[:, None], back.to(device))

@@ -109,14 +109,15 @@ class Rows:
 
 
 class Predictor(nn.Module):
-    def __init__(self, policy: Policy, choice: sequence.Stage2, weights: dict[str, float]):
+    def __init__(self, policy: Policy, choice: sequence.Stage2, weights: dict[str, float], pack: int | None):
         super().__init__()
-        self.policy, self.choice, self.weights = policy, choice, weights
+        self.policy, self.choice, self.weights, self.pack = policy, choice, weights, pack
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         parts = self.policy.pretrain_loss(
-            batch["texts"], batch["frames"], batch["latents"], self.choice, batch["valid"], self.weights
-        )
+            batch["texts"], batch["frames"], batch["latents"], self.choice, batch["valid"], self.weights,
+            self.pack,
+        )  # fmt: skip
         return {name: value.clone() for name, value in parts.items()}  # FSDP2 wants no views
 
 
@@ -143,11 +144,17 @@ class Pretrain(Stage):
             policy.backbone.text_head.requires_grad_(False)
         self.source, self.fresh = self._source(recipe)
         weights = {"vision": recipe.image_weight, "latent": recipe.latent_weight, "text": recipe.text_weight}
-        self.module = Predictor(policy, self.choice, {kind: w for kind, w in weights.items() if w})
+        self.module = Predictor(
+            policy, self.choice, {kind: w for kind, w in weights.items() if w}, recipe.pack
+        )
         self.layers = policy.backbone.layers
         self.prompts = Prompts(self.frames.tokenizer, self.config.max_text_tokens)
         frames = (2 + self.choice.future) * (self.config.frame_tokens + 1)
         self.tokens_per_sample = frames + self.choice.steps * (self.config.latent_tokens + 1)
+        longest = self.config.max_text_tokens + self.tokens_per_sample
+        longest += len(self.choice.bridge) + len(self.choice.closing)
+        if recipe.pack is not None and recipe.pack < longest:
+            raise TrainingError(f"pack: {recipe.pack} is less than one sequence can have, {longest} tokens")
 
     def _source(self, recipe: PretrainRecipe):
         source, fresh = weights_source(self.config, self.start, recipe.seed)

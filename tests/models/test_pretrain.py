@@ -142,6 +142,31 @@ def test_padding_changes_nothing(variant):
     assert ("vision" in together) == choice.future and ("latent" in together) == (choice.steps > 0)
 
 
+def test_packed_sequences_do_not_see_each_other():
+    """Same losses and gradients as one sequence a row, with texts of different lengths in two rows."""
+    texts = [[1, 1, 5, 4, 3], [1, 5], [1, 1, 5], [1, 1, 1, 4, 4, 5, 3]]
+    frames, latents = batch(rows=4)
+    tokens = 15 + 2 + 6 + 2  # frames, bridge, latent actions, closing
+    lengths = [len(text) + tokens for text in texts]
+    rows = sequence.pack(lengths, 7 + tokens, 60)
+    assert rows.take.shape == (2, 60) and rows.mask.sum() < 0.6 * 2 * 60 * 60 / 2
+    padded = torch.arange(4 * (7 + tokens)).view(4, -1)
+    back = padded.flatten()[rows.take].flatten()[rows.back]
+    assert all(torch.equal(back[i, -n:], padded[i, -n:]) for i, n in enumerate(lengths))
+
+    found = []
+    for limit in (None, 60):
+        policy = make()
+        parts = policy.pretrain_loss(texts, frames, latents, FULL, pack=limit)
+        parts["loss"].backward()
+        found.append((parts, {name: p.grad for name, p in policy.named_parameters()}))
+    (plain, gradients), (packed, again) = found
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, gradients, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="a sequence of 32 tokens does not fit rows of 31"):
+        sequence.pack(lengths, 7 + tokens, 31)
+
+
 def test_what_is_masked_or_left_out_changes_nothing():
     policy, (frames, latents) = make().eval(), batch()
     other_frames, other_latents = batch(seed=2)
