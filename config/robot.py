@@ -99,6 +99,10 @@ class Simulation(Strict):
         description="names its shared memory and control socket",
     )
     seed: int = Field(0, ge=0)
+    task: str = Field(
+        "", description="file in config/tasks: its trial `seed` instead of the workcell's objects"
+    )
+    split: Literal["seen", "unseen"] = Field("seen", description="of the task's trial")
     watchdog: bool = Field(True, description="communication watchdog and reflexes like the real robot's")
 
 

@@ -1,4 +1,4 @@
-"""Steering a running simulator: reset, truth, faults, records, status.
+"""Steering a running simulator: reset, clear, truth, faults, records, status.
 
 ZeroMQ request-reply on `ipc:///tmp/<name>.sock`. A request is one msgpack map {"do": verb, ...arguments}, the
 reply {"ok": true, ...result} or {"ok": false, "error": text}. Verbs are those of `SimulationControl`.
@@ -12,7 +12,17 @@ from typing import Any
 import msgpack
 import zmq
 
-_VERBS = ("reset", "truth", "fault", "clear_fault", "record_start", "record_stop", "status", "shutdown")
+_VERBS = (
+    "reset",
+    "clear",
+    "truth",
+    "fault",
+    "clear_fault",
+    "record_start",
+    "record_stop",
+    "status",
+    "shutdown",
+)
 
 
 class SimulationError(RuntimeError):
@@ -106,9 +116,16 @@ class SimulationControl:
             raise SimulationError(f"{do}: {reply['error']}")
         return reply
 
-    def reset(self, seed: int, arms: bool = True) -> None:
-        """Objects to their poses of `seed`; arms home unless `arms` is False. Refused while an arm moves."""
-        self._call("reset", seed=seed, arms=arms)
+    def reset(self, seed: int, arms: bool = True, split: str = "seen") -> float:
+        """Objects to their poses of `seed`, of its trial in `split` where there is a task; simulated time, s.
+
+        Arms home unless `arms` is False; refused while one moves.
+        """
+        return self._call("reset", seed=seed, arms=arms, split=split)["time_s"]
+
+    def clear(self) -> None:
+        """Objects off the table, out of the arms' reach, until the next reset."""
+        self._call("clear")
 
     def truth(self) -> dict:
         """{"time_s", "objects": {name: {position, quaternion (wxyz), ...}}, "arms": {name: {q, ...}}}."""

@@ -21,9 +21,9 @@ import numpy as np
 
 FOLDER = Path("/dev/shm")
 _MAGIC = b"VIPRASIM"
-_LAYOUT = 1
+_LAYOUT = 2
 _HEADER = 4096  # bytes: magic, layout, JSON length, JSON
-_SEQUENCE, _WALL_NS, _STOPPED = 0, 1, 2  # int64 slots after the header
+_SEQUENCE, _WALL_NS, _STOPPED, _TRIAL = 0, 1, 2, 3  # int64 slots after the header
 _SLOTS = 8
 
 
@@ -49,6 +49,7 @@ class Facts:
     signature: str  # of the joint layout of qpos and qvel; equal signatures mean interchangeable states
     nq: int
     nv: int
+    task: str = ""  # file in config/tasks, or its path, whose trials are set up; "": none
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,10 @@ class StateWriter:
         slots[_WALL_NS] = time.monotonic_ns()
         slots[_SEQUENCE] += 1
 
+    def set_trial(self, split: str, seed: int) -> None:
+        """The instants from now on are of this trial of `Facts.task`."""
+        self._block.slots[_TRIAL] = 2 * seed + (split == "unseen")
+
     def close(self) -> None:
         """Tell readers that the simulator has stopped and give the name back."""
         if self._block is not None:
@@ -185,6 +190,11 @@ class SharedState:
     def time(self) -> float:
         """Simulated time, s: one aligned 8-byte load."""
         return float(self._block.numbers[0])
+
+    def trial(self) -> tuple[str, int]:
+        """Split and seed of the trial that is set up, where `facts.task` names a task."""
+        seed, unseen = divmod(int(self._block.slots[_TRIAL]), 2)
+        return ("unseen" if unseen else "seen"), seed
 
     def age_s(self) -> float:
         """Wall time since the last write, s. A running simulator writes every few milliseconds."""

@@ -262,6 +262,8 @@ def _simulator(robot: Robot) -> Process:
     hostnames = ",".join(f"{name}={arm.hostname}" for name, arm in robot.arms.items())
     command = ["--workcell", robot.workcell, "--name", simulation.name, "--hostnames", hostnames]
     command += ["--seed", str(simulation.seed)]
+    if simulation.task:
+        command += ["--task", simulation.task, "--split", simulation.split]
     for name, arm in robot.arms.items():
         command += ["--home", f"{name}={','.join(map(str, arm.home_rad))}"]
     if not simulation.watchdog:

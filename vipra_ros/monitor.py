@@ -11,6 +11,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
+from rclpy.exceptions import InvalidHandle
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rclpy.signals import SignalHandlerOptions
@@ -75,7 +76,8 @@ class Monitor:
         self._thread.start()
 
     def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):
+        # the second: a slow callback, of pictures say, that ends after `close`
+        with contextlib.suppress(ExternalShutdownException, InvalidHandle):
             self._executor.spin()
 
     def _on_status(self, name: str, message: DiagnosticStatus) -> None:
@@ -100,13 +102,19 @@ class Monitor:
         """Capture stamp of the newest picture; -inf before the first."""
         return self._frames[-1] if self._frames else -float("inf")
 
+    def watch_status(self, name: str, callback: Callable[[DiagnosticStatus], None]) -> None:
+        """Call `callback` with every status of node `name`, in the monitor's thread."""
+        self._node.create_subscription(DiagnosticStatus, f"/{name}/status", callback, 10)
+
     def watch_images(self, callback: Callable[[Image], None]) -> None:
         """Call `callback` with every front camera image, in the monitor's thread."""
         self._node.create_subscription(Image, f"{FRONT_CAMERA}/image_raw", callback, qos_profile_sensor_data)
 
-    def watch_joints(self, arm: str, callback: Callable[[JointState], None]) -> None:
-        """Call `callback` with every joint state of `arm`, in the monitor's thread."""
-        self._node.create_subscription(JointState, f"/{arm}/joint_states", callback, qos_profile_sensor_data)
+    def watch_joints(
+        self, arm: str, callback: Callable[[JointState], None], topic: str = "joint_states"
+    ) -> None:
+        """Call `callback` with every joint state of `arm` (or `joint_reference`), in the monitor's thread."""
+        self._node.create_subscription(JointState, f"/{arm}/{topic}", callback, qos_profile_sensor_data)
 
     def call(self, service: str, timeout_s: float = 10.0) -> str:
         """Call a Trigger service and return its message. Raises CallFailed."""

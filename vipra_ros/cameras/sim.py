@@ -1,11 +1,17 @@
 """The simulated workcell's front camera, rendered from the simulator's published state.
 
+Where the simulator sets up trials of a task, the scene is that of the trial that is set up now.
+
 MuJoCo renders in this process; nothing that imports triton may ever join it (the two crash together).
 """
 
 import math
 
+from config.loading import load
+from config.task import Task
 from config.workcell import Workcell
+from simulation.state import SharedState
+from simulation.tasks.trial import make_trial
 from vipra_ros.cameras.source import CameraError, Clock, Frame, Intrinsics, wait_until
 
 
@@ -27,13 +33,26 @@ class SimSource:
 
         self.close()
         try:
-            self._renderer = Renderer(self._workcell, self._state_name, *self._size)
+            workcell = self._scene()
+            self._renderer = Renderer(workcell, self._state_name, *self._size)
         except (OSError, TimeoutError, RuntimeError, ValueError) as error:
             raise CameraError(f"cannot render simulation '{self._state_name}': {error}") from error
         self._due = math.ceil(self._clock.now() / self._period_s)
         self._stamp_s = -math.inf
-        matrix = intrinsics(self._workcell, *self._size)
+        matrix = intrinsics(workcell, *self._size)
         return Intrinsics(matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2])
+
+    def _scene(self) -> Workcell:
+        """What there is to draw now; notes of which trial it is."""
+        state = SharedState.attach(self._state_name)
+        try:
+            task, self._trial = state.facts.task, state.trial()
+        finally:
+            state.close()
+        if not task:
+            return self._workcell
+        split, seed = self._trial
+        return make_trial(load(Task, task), seed, split).workcell
 
     def grab(self, timeout_s: float) -> Frame | None:
         if not wait_until(self._clock, self._due * self._period_s, timeout_s):
@@ -42,6 +61,9 @@ class SimSource:
             rgb, stamp_s = self._renderer.render()
         except (OSError, TimeoutError, RuntimeError, ValueError) as error:
             raise CameraError(f"simulation '{self._state_name}' is gone: {error}") from error
+        if self._renderer.state.trial() != self._trial:
+            self.open()
+            return None
         behind = max(0, math.floor(self._clock.now() / self._period_s) - self._due)
         self._due += behind + 1
         if stamp_s <= self._stamp_s:
