@@ -97,6 +97,12 @@ class Hand:
         return q
 
 
+def tidy(scene: Workcell, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Places [3] m of all things: where the workcell has them, within its jitter."""
+    jitter, top = np.array(scene.props_jitter_xy), scene.table.centre_xyz[2]
+    return {p.name: np.array([*(p.xy + rng.uniform(-jitter, jitter)), top + 0.0005]) for p in scene.props}
+
+
 def scatter(scene: Workcell, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Places [3] m of all things: apart from each other, where the arms reach."""
     bases = np.array([base.xyz[:2] for base in scene.arms.values()])

@@ -81,19 +81,18 @@ class Studio:
         """Episode `number` of the run `seed`: the same whoever makes it. Raises Unreachable."""
         rng = np.random.default_rng([seed, number])
         kind = kinds[number % len(kinds)]
+        if kind == "circles":
+            return self._circles(steps, rng)
         for _ in range(_TRIES):
-            places = motions.scatter(self.scene, rng)
             try:
-                return (
-                    self._circles(places, steps, rng)
-                    if kind == "circles"
-                    else self._act(kind, places, steps, rng)
-                )
+                return self._act(kind, motions.scatter(self.scene, rng), steps, rng)
             except motions.Unreachable as error:
                 failure = error
         raise failure
 
-    def _circles(self, places: dict[str, np.ndarray], steps: int, rng: np.random.Generator) -> Episode:
+    def _circles(self, steps: int, rng: np.random.Generator) -> Episode:
+        """Things stand where the workcell has them, as when `vipra demo` starts."""
+        places = motions.tidy(self.scene, rng)
         tasks = [task for task, arms in circles.TASKS.items() if set(arms) <= set(self._homes)]
         task = tasks[int(rng.integers(len(tasks)))]
         q = start(rng, self._homes, circles.TASKS[task])

@@ -113,7 +113,9 @@ class TokenizerStage(Stage):
         return {"l1": l1, "codes_used": float(np.count_nonzero(counts))}
 
     def gate(self, run: Run) -> None:
-        """Say how far from the truth a linear probe of the tokens sees hands and things; gate.json."""
+        """Say how far from the truth a linear probe sees hands and things, and write it to gate.json: from
+        the tokens, and from the pixels at the tokenizer's size, which lack what the resolution loses.
+        """
 
         @torch.no_grad()
         def tokens(frames: np.ndarray) -> np.ndarray:
@@ -122,12 +124,26 @@ class TokenizerStage(Stage):
             codes = self.vqgan.encode(x).cpu()
             return self.vqgan.quantize.embedding.weight.detach().float().cpu()[codes].flatten(1).numpy()
 
+        def pixels(frames: np.ndarray) -> np.ndarray:
+            return prepare(frames, self.vqgan.config.image_size).reshape(len(frames), -1) / np.float32(255)
+
         share = self.recipe.data.validation_share
-        found = truth.gate(self.truth, tokens, lambda keys: held_out(keys, share))
-        run.say(f"places read off the tokens by a linear probe, held-out episodes of {self.truth}:")
-        for name, (error, chance) in found.items():
-            run.say(f"  {name}: {error:.0f} mm off (always its mean place: {chance:.0f} mm)")
-        run.write("gate.json", json.dumps(found, indent=1))
+        inputs = {"tokens": tokens, "pixels": pixels}
+        found = truth.gate(self.truth, inputs, lambda keys: held_out(keys, share))
+        off, apart = found["tokens"].off_mm, found["tokens"].told_apart
+        passed = max(off.values()) < truth.LIMIT_MM
+        run.say(
+            f"gate {'passed' if passed else 'not passed'} (less than {truth.LIMIT_MM:g} mm): places that a "
+            f"linear probe reads on held-out episodes of {self.truth}"
+        )
+        for name, distance in off.items():
+            most = ", ".join(f"{other} {found[other].off_mm[name]:.0f} mm" for other in ("pixels", "mean"))
+            told = f"; told from its like in {apart[name]:.0%}" if name in apart else ""
+            run.say(f"  {name}: {distance:.0f} mm off (from the {most}){told}")
+        about = {"limit_mm": truth.LIMIT_MM, "passed": passed}
+        about |= {f"{name}_mm": seen.off_mm for name, seen in found.items()}
+        about["told_apart"] = {name: seen.told_apart for name, seen in found.items()}
+        run.write("gate.json", json.dumps(about, indent=1))
 
     def export(self, folder: Path, run: Run, ranks: Ranks) -> str | None:
         """A checkpoint that gives its VQGAN and vocabulary; its backbone is random."""
@@ -136,7 +152,9 @@ class TokenizerStage(Stage):
         if self.truth:
             self.gate(run)
         # in half the bytes, exactly: rounding later would flip codes
-        weights = {name: p.detach().bfloat16().float() for name, p in self.vqgan.named_parameters()}
+        weights = {
+            name: p.detach().bfloat16().float().contiguous() for name, p in self.vqgan.named_parameters()
+        }
         config = dataclasses.replace(size(self.recipe.model), action_heads="none", action_vocab=0)
         shapes = checkpoint.parameter_shapes(Policy, config)
         random = checkpoint.Weights(
@@ -223,7 +241,7 @@ def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:
     if recipe.lpips and lpips is None:
         run.say("LPIPS term is off: no lpips_weights given")
     torch.manual_seed(recipe.seed)
-    vqgan = VQGAN(config.vqgan)
+    vqgan = VQGAN(config.vqgan).to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     stage = TokenizerStage(recipe, vqgan, weight, lpips)
     stage.training = training
     held = recipe.data.validation_share > 0

@@ -74,30 +74,36 @@ def test_training_beats_the_mean_picture_and_the_export_keeps_its_codes(ranks, t
     assert all(torch.equal(p, p.bfloat16().float()) for p in loaded.vqgan.parameters())
 
 
-def test_the_gate_reads_places_off_tokens_that_hold_them_and_not_off_noise(tmp_path):
+def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path):
     rng = np.random.default_rng(0)
     features = demonstration.features(["a"], 16, 16)
-    features[truth.PLACES] = layout.vector(["cup_x", "cup_y", "cup_z"])
+    features[truth.PLACES] = layout.vector([f"{c}_cup_{axis}" for c in ("red", "blue") for axis in "xyz"])
     with Writer.create(tmp_path / "made", 15, features, "toy") as writer:
         for _ in range(10):
-            for _ in range(20):
-                x, y = rng.integers(12, size=2)
+            for _ in range(30):
+                x, u = rng.permutation(4)[:2] * 4  # two squares, never one over the other
+                y, v = rng.integers(12, size=2)
                 frame = np.full((16, 16, 3), 30, np.uint8)
-                frame[y : y + 4, x : x + 4] = 220
-                row = {truth.PLACES: np.float32([x / 100, y / 100, 0]), demonstration.CAMERA: frame}
+                frame[y : y + 4, x : x + 4] = (220, 30, 30)
+                frame[v : v + 4, u : u + 4] = (30, 30, 220)
+                row = {truth.PLACES: np.float32([x, y, 0, u, v, 0]) / 400, demonstration.CAMERA: frame}
                 row |= {k: np.zeros(1, features[k]["dtype"]) for k in features if k not in row}
                 writer.add(row, "move")
             writer.save()
     path = truth.generated([str(tmp_path), str(tmp_path / "made")])
     assert path == tmp_path / "made"
 
-    def centre(frames: np.ndarray) -> np.ndarray:
-        bright = frames.mean(-1) > 125
-        return np.stack([bright.any(axis).argmax(1) for axis in (1, 2)], 1).astype(float)
+    def columns(picture: np.ndarray) -> np.ndarray:
+        return np.concatenate([picture.sum(axis, dtype=float) for axis in (1, 2)], 1)
 
-    def split(keys):
-        return held_out(keys, 0.3)
-
-    seen, guessed = truth.gate(path, centre, split)["cup"]
-    blind, _ = truth.gate(path, lambda frames: rng.normal(size=(len(frames), 2)), split)["cup"]
-    assert seen < 1 and guessed > 20 and abs(blind / guessed - 1) < 0.3
+    inputs = {
+        "colour": lambda f: np.concatenate([columns(f[..., c] > 125) for c in (0, 2)], 1),
+        "grey": lambda f: columns(f.max(-1) > 125),
+        "noise": lambda f: rng.normal(size=(len(f), 2)),
+    }
+    found = truth.gate(path, inputs, lambda keys: held_out(keys, 0.3))
+    assert max(found["colour"].off_mm.values()) < truth.LIMIT_MM
+    assert min(found["colour"].told_apart.values()) > 0.98
+    for name in ("grey", "noise", "mean"):
+        assert min(found[name].off_mm.values()) > 7
+        assert max(found[name].told_apart.values()) < 0.75
