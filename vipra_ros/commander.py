@@ -24,9 +24,10 @@ from config.robot import PolicyClient as PolicyConfig
 from policy_server import images, protocol
 from policy_server.client import Mismatch, PolicyClient, ServerUnavailable
 from vipra_ros.clock import Clock
+from vipra_ros.execution.cartesian import joint_chunk
 from vipra_ros.execution.chunk import Chunk, Rejected
 from vipra_ros.execution.history import FrameHistory
-from vipra_ros.execution.planner import Planner
+from vipra_ros.execution.planner import Planner, Timing
 from vipra_ros.safety.supervisor import Supervisor
 
 ARMS_SILENT_S = 2.0  # wall time; their status comes at 20 Hz
@@ -142,6 +143,9 @@ class Commander:
         self._paired_s = -np.inf  # newest picture that had its o_{t-1}
         self._joints: dict[str, deque[tuple[float, np.ndarray]]] = {name: deque(maxlen=100) for name in arms}
         self._gripper = np.array([d.kind == "gripper" for d in embodiment.dimensions])
+        self._hand = hands(embodiment, arms, gate.limits.size // len(arms))
+        if not embodiment.stateful and gate.geometry is None:
+            raise ValueError("end-effector steps need the arms' kinematics: a gate with a workcell")
         self._arms_heard = -np.inf  # wall
         self._leased_at = 0.0
         self._open: dict[int, _Request] = {}  # sent to the server, no outcome yet
@@ -170,7 +174,7 @@ class Commander:
             self._prefetch(rgb, now)
 
     def on_joints(self, arm: str, stamp_s: float, positions: np.ndarray) -> None:
-        """Measured positions of one arm in the embodiment's order: 7 rad, and its hand's opening if any."""
+        """Measured positions of one arm: its joints, rad, and its hand's opening if the policy moves it."""
         self._joints[arm].append((stamp_s, positions))
 
     def on_arms(self, status: ArmsStatus) -> None:
@@ -382,14 +386,14 @@ class Commander:
             self.counts.chunks += 1
             self._end(answer.seq, "sent", "", answer, t0=chunk.t0, rate_hz=chunk.rate_hz, actions=len(chunk))
 
-    def _checked(self, answer: protocol.Chunk, timing, now: float) -> Chunk:
+    def _checked(self, answer: protocol.Chunk, timing: Timing, now: float) -> Chunk:
         """The chunk as it may be sent. Raises Rejected."""
         actions = np.array(answer.actions[: timing.count], float)
         # the policy's range has a margin, an opening has none
         actions[:, self._gripper] = np.clip(actions[:, self._gripper], 0.0, 1.0)
-        chunk = Chunk.from_actions(answer.seq, timing.t0, timing.rate_hz, actions, self._embodiment)
+        chunk = self._as_joints(answer, timing, actions, now)
         try:
-            self._gate.reset(self._state_at(now)[~self._gripper], now)
+            self._gate.reset(self._state_at(now)[~self._hand], now)
         except ValueError as error:
             raise Rejected("start", str(error)) from error
         verdict = self._gate.check_chunk(chunk)
@@ -397,6 +401,18 @@ class Commander:
             raise Rejected(verdict.code, verdict.reason)
         self._check_join(chunk, now)
         return chunk
+
+    def _as_joints(self, answer: protocol.Chunk, timing: Timing, actions: np.ndarray, now: float) -> Chunk:
+        """The chunk of joints that `actions` [H, D] mean. Raises Rejected."""
+        given = answer.seq, timing.t0, timing.rate_hz, actions, self._embodiment
+        if self._embodiment.stateful:
+            return Chunk.from_actions(*given)
+        if self._appends(now):  # steps go on from where the chunk that runs will be then
+            start = _position(self.chunk, timing.t0)
+        else:
+            start = self._state_at(answer.t_obs)[~self._hand]
+        limits = self._gate.limits
+        return joint_chunk(*given, self._gate.geometry, start, limits.soft_min, limits.soft_max)
 
     def _check_join(self, chunk: Chunk, now: float) -> None:
         """Raises Rejected for a chunk further from the motion that runs than the arms would take over.
@@ -407,7 +423,7 @@ class Commander:
         if self.chunk is None or self.chunk.end <= now:
             return
         if chunk.t0 <= now:
-            there, at = self._state_at(now)[~self._gripper], now
+            there, at = self._state_at(now)[~self._hand], now
         else:
             there, at = _position(self.chunk, chunk.t0), chunk.t0
         off = float(np.abs(_position(chunk, at) - there).max())
@@ -452,16 +468,20 @@ class Commander:
 
         The one of the frame; with `append`, where a chunk begins where the last one ends, that very place.
         """
-        appends = self._config.mode == "asynchronous" and self._config.anchor == "append"
-        if not appends or self.chunk is None or self.chunk.end <= now:
+        if not self._appends(now):
             return self._state_at(t_obs)
         row = min(self._config.replan_after, len(self.chunk) - 1)
         state = np.empty(len(self._gripper))
         state[~self._gripper], state[self._gripper] = self.chunk.joints[row], self.chunk.grippers[row]
         return state
 
+    def _appends(self, now: float) -> bool:
+        """Whether the next chunk begins where the one that runs ends."""
+        append = self._config.mode == "asynchronous" and self._config.anchor == "append"
+        return append and self.chunk is not None and self.chunk.end > now
+
     def _state_at(self, t: float) -> np.ndarray:
-        """Measured state [D] nearest to `t`, in the embodiment's order."""
+        """Measured joints and openings nearest to `t`, arm by arm."""
         nearest = (min(self._joints[name], key=lambda item: abs(item[0] - t))[1] for name in self._names)
         return np.concatenate(list(nearest))
 
@@ -488,6 +508,15 @@ class Commander:
 
     def _set(self, state: State, reason: str) -> None:
         self.state, self.reason = state, reason
+
+
+def hands(embodiment: Embodiment, arms: tuple[str, ...], joints: int) -> np.ndarray:
+    """Which of the positions of `arms` with `joints` joints each are a hand's opening: bool."""
+    parts = []
+    for arm in arms:
+        kinds = [embodiment.dimensions[n].kind for n in embodiment.by_arm[arm]]
+        parts += [False] * joints + [True] * ("gripper" in kinds)
+    return np.array(parts)
 
 
 def _position(chunk: Chunk, t: float) -> np.ndarray:

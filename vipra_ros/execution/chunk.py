@@ -9,8 +9,8 @@ from config.embodiment import Embodiment
 
 
 class Rejected(ValueError):
-    """A chunk that will not run. `code`: shape, non_finite, rate, gripper, stale, expired, future, position,
-    velocity, rough, jump, start.
+    """A chunk that will not run. `code`: shape, units, reach, non_finite, rate, gripper, stale, expired,
+    future, position, velocity, rough, jump, start.
     """
 
     def __init__(self, code: str, message: str):
@@ -56,7 +56,14 @@ class Chunk:
     def from_actions(
         cls, seq: int, t0: float, rate_hz: float, actions: np.ndarray, embodiment: Embodiment
     ) -> "Chunk":
-        """From `actions` [H, D] in the embodiment's order."""
+        """From `actions` [H, D], joints and openings in the embodiment's order.
+
+        End-effector steps are refused (units): `execution.cartesian` makes joints of them.
+        """
+        if embodiment.action_space != "absolute_joints":
+            raise Rejected(
+                "units", f"embodiment {embodiment.name} commands {embodiment.action_space}, not joints"
+            )
         actions = np.asarray(actions, dtype=float)
         if actions.ndim != 2 or actions.shape[1] != embodiment.action_dim:
             raise Rejected("shape", f"actions {actions.shape}: need [H, {embodiment.action_dim}]")

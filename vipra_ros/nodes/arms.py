@@ -59,11 +59,18 @@ _LEVELS = {
 
 def arm_order(robot: Robot, embodiment: Embodiment) -> tuple[str, ...]:
     """The robot's arms in the order of the action vector. Raises ConfigError if the two do not fit."""
-    order = tuple(dict.fromkeys(name.split("_")[0] for name in embodiment.names))
+    order = tuple(embodiment.by_arm)
     if set(order) != set(robot.arms):
         raise ConfigError(
             f"embodiment {embodiment.name} has arms {', '.join(order)}, the robot {', '.join(robot.arms)}"
         )
+    if not embodiment.stateful:
+        for arm, numbers in embodiment.by_arm.items():
+            if (len(numbers) > 6) != robot.arms[arm].gripper:
+                raise ConfigError(
+                    f"embodiment {embodiment.name} and the robot disagree on whether arm {arm} has a gripper"
+                )
+        return order
     names = [name for arm in order for name in joint_names(arm, robot.arms[arm].gripper)]
     if tuple(names) != embodiment.names:
         raise ConfigError(f"embodiment {embodiment.name}: dimensions must be {', '.join(names)}")

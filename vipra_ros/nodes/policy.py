@@ -32,12 +32,13 @@ from config.workcell import Workcell
 from policy_server.keys import KeyFileError
 from simulation.state import StateError
 from vipra_ros.clock import make_clock
-from vipra_ros.commander import ArmsStatus, Commander, State, connect
+from vipra_ros.commander import ArmsStatus, Commander, State, connect, hands
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.execution.planner import Planner
 from vipra_ros.nodes.messages import seconds, stamp, trajectory
 from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare_robot, declare_run_dir, revise
+from vipra_ros.robot.commands import joint_names
 from vipra_ros.safety.supervisor import Supervisor
 
 TICK_S = 0.01
@@ -69,10 +70,13 @@ class PolicyNode(Node):
 
         embodiment, safety = load(Embodiment, robot.embodiment), load(Safety, robot.safety)
         self._embodiment = embodiment
-        self._rows = dimensions_by_arm(embodiment, tuple(robot.arms))
-        arms = tuple(self._rows)
-        self._names = {arm: [embodiment.names[row] for row in rows] for arm, rows in self._rows.items()}
-        self._gripper = np.array([d.kind == "gripper" for d in embodiment.dimensions])
+        rows = dimensions_by_arm(embodiment, tuple(robot.arms))
+        arms = tuple(rows)
+        if embodiment.stateful:
+            self._names = {arm: [embodiment.names[n] for n in numbers] for arm, numbers in rows.items()}
+        else:  # what the arms are sent, and say of themselves, are joints all the same
+            self._names = {arm: list(joint_names(arm, len(rows[arm]) > 6)) for arm in arms}
+        self._hand = hands(embodiment, arms, 7)
         home = np.concatenate([robot.arms[name].home_rad for name in arms])
         self._executor_clock = make_clock(robot)
         self._resources.callback(self._executor_clock.close)
@@ -257,24 +261,24 @@ class PolicyNode(Node):
     def _send(self, seq: int, chunk: Chunk | None) -> None:
         self._command(f"{self._commander.lease}:{seq}", chunk)
         if chunk is not None:
-            actions = np.empty((len(chunk), self._embodiment.action_dim))
-            actions[:, ~self._gripper], actions[:, self._gripper] = chunk.joints, chunk.grippers
-            names = self._embodiment.names
-            self._chunks.publish(trajectory(str(seq), chunk, names, actions))
+            names = [name for arm in self._names.values() for name in arm]
+            positions = np.empty((len(chunk), len(names)))
+            positions[:, ~self._hand], positions[:, self._hand] = chunk.joints, chunk.grippers
+            self._chunks.publish(trajectory(str(seq), chunk, names, positions))
 
     def _command(self, tag: str, chunk: Chunk | None) -> None:
         """Both arms' parts of one chunk, or of letting go."""
         joints = grippers = 0
-        for name, rows in self._rows.items():
+        for arm, names in self._names.items():
             if chunk is None:
                 message = JointTrajectory()
                 message.header.frame_id = tag
             else:
-                hands = len(rows) - 7
-                parts = chunk.joints[:, joints : joints + 7], chunk.grippers[:, grippers : grippers + hands]
-                joints, grippers = joints + 7, grippers + hands
-                message = trajectory(tag, chunk, self._names[name], np.hstack(parts))
-            self._commands[name].publish(message)
+                more = len(names) - 7
+                parts = chunk.joints[:, joints : joints + 7], chunk.grippers[:, grippers : grippers + more]
+                joints, grippers = joints + 7, grippers + more
+                message = trajectory(tag, chunk, names, np.hstack(parts))
+            self._commands[arm].publish(message)
 
     def _record(self, line: dict) -> None:
         if line["outcome"] not in ("sent", "cancelled"):
@@ -345,18 +349,17 @@ class PolicyNode(Node):
 def dimensions_by_arm(embodiment: Embodiment, arms: tuple[str, ...]) -> dict[str, list[int]]:
     """Arm -> its dimensions' numbers, in the order of the action vector.
 
-    Raises ConfigError unless the embodiment's arms are these, each with seven joints, then at most a gripper.
+    Raises ConfigError unless the embodiment's arms are these, each with seven joints (or end-effector steps),
+    then at most a gripper.
     """
-    rows: dict[str, list[int]] = {}
-    for number, name in enumerate(embodiment.names):
-        rows.setdefault(name.split("_")[0], []).append(number)
+    rows = embodiment.by_arm
     if set(rows) != set(arms):
         raise ConfigError(
             f"embodiment {embodiment.name} is for {', '.join(rows)}; the robot has {', '.join(arms)}"
         )
     for arm, numbers in rows.items():
         kinds = [embodiment.dimensions[n].kind for n in numbers]
-        if kinds not in (["joint"] * 7, ["joint"] * 7 + ["gripper"]):
+        if embodiment.stateful and kinds not in (["joint"] * 7, ["joint"] * 7 + ["gripper"]):
             raise ConfigError(
                 f"embodiment {embodiment.name}: {arm} needs seven joints, then at most one gripper"
             )

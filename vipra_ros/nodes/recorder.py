@@ -58,10 +58,13 @@ class RecorderNode(Node):
         rate_hz = self._config.rate_hz or embodiment.rate_hz
         if rate_hz != int(rate_hz):
             raise ConfigError(f"recorder: {rate_hz:g} frames per second: datasets need a whole number")
-        hands = {
-            arm: robot.arms[arm].gripper for arm in dict.fromkeys(n.split("_")[0] for n in embodiment.names)
-        }
+        hands = {arm: robot.arms[arm].gripper for arm in embodiment.by_arm}
         self._names = {arm: list(joint_names(arm, hand)) for arm, hand in hands.items()}
+        if not embodiment.stateful:
+            raise ConfigError(
+                f"recorder: embodiment {embodiment.name} has end-effector steps, and arms are recorded "
+                "as joints: choose one with absolute_joints, such as franka_single"
+            )
         if tuple(name for names in self._names.values() for name in names) != embodiment.names:
             raise ConfigError(f"embodiment {embodiment.name}: its dimensions are not the robot's, arm by arm")
         self._camera = robot.camera

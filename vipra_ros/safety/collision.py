@@ -13,7 +13,7 @@ import numpy as np
 import pinocchio as pin
 
 from config.safety import Task
-from config.workcell import Workcell
+from config.workcell import Base, Workcell
 
 TABLE_THICKNESS_M = 0.2
 FINGER_OPENING_M = 0.04  # each finger's travel from the middle
@@ -31,6 +31,7 @@ class Geometry:
         self.arms, self.workspace = tuple(arms), workcell.workspace
         self._model, self._shapes = _assemble(workcell, arms)
         self._data = self._model.createData()
+        self._bases = [_placement(workcell.arms[arm]) for arm in arms]
         self._tcp = [self._model.getFrameId(f"{arm}_fr3_hand_tcp") for arm in arms]
         self._group = _pair_up(self._model, self._shapes)
         self._shapes_data = pin.GeometryData(self._shapes)
@@ -45,6 +46,21 @@ class Geometry:
         """Tool centre points [A, 3] m in `world` at `q` [J] rad."""
         pin.forwardKinematics(self._model, self._data, q)
         return np.array([pin.updateFramePlacement(self._model, self._data, f).translation for f in self._tcp])
+
+    def tools(self, q: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of every arm at `q` [J] rad: tool centre point [3] m, its rotation [3, 3] and its Jacobian [6, 7]
+        (linear, then angular), all in the axes of the arm's base.
+        """
+        pin.computeJointJacobians(self._model, self._data, q)
+        tools = []
+        for i, (frame, base) in enumerate(zip(self._tcp, self._bases, strict=True)):
+            tool = base.actInv(pin.updateFramePlacement(self._model, self._data, frame))
+            jacobian = pin.getFrameJacobian(self._model, self._data, frame, pin.LOCAL_WORLD_ALIGNED)
+            own = jacobian[:, 7 * i : 7 * i + 7].reshape(2, 3, 7)
+            tools.append(
+                (tool.translation.copy(), tool.rotation.copy(), (base.rotation.T @ own).reshape(6, 7))
+            )
+        return tools
 
     def motion(self, q: np.ndarray, dq: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tool centre points [A, 3] m, their speeds [A] m/s and manipulabilities [A] at `q`, `dq` [J]."""
@@ -120,6 +136,11 @@ class Geometry:
         return pin.computeCollisions(self._model, self._data, self._shapes, self._shapes_data, q, True)
 
 
+def _placement(base: Base) -> pin.SE3:
+    """Of an arm's link 0 in `world`."""
+    return pin.SE3(pin.rpy.rpyToMatrix(0.0, 0.0, base.yaw_rad), np.array(base.xyz))
+
+
 def _assemble(workcell: Workcell, arms: tuple[str, ...]) -> tuple[pin.Model, pin.GeometryModel]:
     folder = Path(find_spec("franky_sim").submodule_search_locations[0]) / "assets"
     urdf = str(folder / "fr3.urdf")
@@ -146,9 +167,7 @@ def _assemble(workcell: Workcell, arms: tuple[str, ...]) -> tuple[pin.Model, pin
             body.name = f"{arm} {body.name.removeprefix('fr3_').rsplit('_', 1)[0]}" + (
                 f" {body.name[-1]}" if "finger" in body.name else ""
             )
-        base = workcell.arms[arm]
-        placement = pin.SE3(pin.rpy.rpyToMatrix(0.0, 0.0, base.yaw_rad), np.array(base.xyz))
-        model, shapes = pin.appendModel(model, one, shapes, parts, 0, placement)
+        model, shapes = pin.appendModel(model, one, shapes, parts, 0, _placement(workcell.arms[arm]))
     table = workcell.table
     centre = np.array(table.centre_xyz) - [0.0, 0.0, 0.5 * TABLE_THICKNESS_M]
     box = coal.Box(table.size_xy[0], table.size_xy[1], TABLE_THICKNESS_M)
