@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,12 +24,14 @@ import numpy as np
 from franky_sim.franka_robot_protocol import RobotMode
 
 from config.loading import ConfigError, load
+from config.task import Task
 from config.workcell import Workcell
 from simulation.arm import TICK, Arm
 from simulation.control import ControlServer
 from simulation.record import Recorder
 from simulation.robot import ERRORS, ArmServer, Faults
 from simulation.state import Facts, StateError, StateWriter
+from simulation.tasks.trial import make_trial
 from simulation.workcell import build, place_props, signature, strip_visuals
 
 PATIENT_FROM = 5  # commands owed from which each further tick waits
@@ -53,6 +56,8 @@ class Options:
     name: str
     hostnames: dict[str, str]  # arm -> loopback address
     seed: int = 0
+    task: str = ""  # whose trial `seed` is; "": the workcell's own objects
+    split: str = "seen"
     watchdog: bool = True
     homes: dict[str, tuple[float, ...]] | None = None  # rad
 
@@ -65,7 +70,13 @@ class Simulator:
 
     def __init__(self, options: Options):
         self.options = options
-        self.workcell = load(Workcell, options.workcell)
+        self.task = load(Task, options.task) if options.task else None
+        if self.task is None:
+            self.workcell = load(Workcell, options.workcell)
+        elif self.task.workcell == options.workcell:
+            self.workcell = make_trial(self.task, options.seed, options.split).workcell
+        else:
+            raise ConfigError(f"--task {options.task} needs --workcell {self.task.workcell}")
         arms = tuple(self.workcell.arms)
         if set(options.hostnames) != set(arms):
             raise ConfigError(
@@ -78,7 +89,7 @@ class Simulator:
         self.arms: dict[str, ArmServer] = dict(zip(arms, self.server.robot_servers, strict=True))
         self.time_s, self.ticks = 0.0, 0
         model, data = self.sim.model, self.sim.data
-        place_props(model, data, self.workcell, options.seed)
+        self._place(options.seed, options.split)
         mujoco.mj_forward(model, data)
         self.state = StateWriter(
             Facts(
@@ -89,8 +100,10 @@ class Simulator:
                 signature=signature(model),
                 nq=model.nq,
                 nv=model.nv,
+                task=options.task,
             )
         )
+        self.state.set_trial(options.split, options.seed)
         self.recorder: Recorder | None = None
         self._started = time.monotonic()
         self._laps = collections.deque(
@@ -150,10 +163,11 @@ class Simulator:
 
     # --- verbs of the control socket ------------------------------------------------------------------------
 
-    def reset(self, seed: int, arms: bool = True) -> dict:
-        """Objects to their places of `seed`; with `arms`, the arms to their initial pose. Time runs on.
+    def reset(self, seed: int, arms: bool = True, split: str = "seen") -> dict:
+        """Objects to their places of `seed`, of its trial in `split` where there is a task. Time runs on.
 
-        Raises ValueError while an arm moves or a record runs: a teleport is not a motion.
+        With `arms`, the arms to their initial pose. Raises ValueError while an arm moves or a record runs (a
+        teleport is not a motion), and for a trial whose objects have other shapes than those that were built.
         """
         if arms:
             if self.recorder is not None:
@@ -163,10 +177,40 @@ class Simulator:
                 raise ValueError(
                     f"arm {', '.join(moving)} is moving: stop it before a reset, or use arms=False"
                 )
+        self._place(seed, split)
+        if arms:
             for robot, arm in zip(self.sim.robots, self.arms.values(), strict=True):
                 robot.teleport()
                 arm.hold_here()
-        place_props(self.sim.model, self.sim.data, self.workcell, seed)
+        self.state.set_trial(split, seed)
+        return self._settle()
+
+    def clear(self) -> dict:
+        """Objects to the floor behind the arms, until the next reset: a person who clears the table."""
+        for number, prop in enumerate(self.workcell.props):
+            self._set_pose(prop.name, (-2.0, 0.4 * number, 0.0005), 0.0)
+        return self._settle()
+
+    def _place(self, seed: int, split: str) -> None:
+        model, data = self.sim.model, self.sim.data
+        if self.task is None:
+            place_props(model, data, self.workcell, seed)
+            return
+        trial = make_trial(self.task, seed, split)
+        if _shapes(trial.workcell) != _shapes(self.workcell):
+            raise ValueError(
+                f"{split} {seed} has objects of other shapes: start a simulator with --seed {seed}"
+            )
+        for prop, yaw in zip(trial.workcell.props, trial.yaws_rad, strict=True):
+            self._set_pose(prop.name, (*prop.xy, trial.workcell.table.centre_xyz[2] + 0.0005), yaw)
+
+    def _set_pose(self, prop: str, xyz: tuple[float, float, float], yaw_rad: float) -> None:
+        joint, data = self.sim.model.joint(f"{prop}_free"), self.sim.data
+        at, speed = int(joint.qposadr[0]), int(joint.dofadr[0])
+        data.qpos[at : at + 7] = (*xyz, math.cos(yaw_rad / 2), 0.0, 0.0, math.sin(yaw_rad / 2))
+        data.qvel[speed : speed + 6] = 0.0
+
+    def _settle(self) -> dict:
         self.sim.data.qacc_warmstart[:] = 0.0
         mujoco.mj_forward(self.sim.model, self.sim.data)
         return {"time_s": self.time_s}
@@ -315,6 +359,11 @@ def run(options: Options) -> None:
         simulator.close()
 
 
+def _shapes(workcell: Workcell) -> list[dict]:
+    """What cannot change while the physics runs."""
+    return [prop.model_dump(exclude={"xy", "rgb", "pattern"}) for prop in workcell.props]
+
+
 def _pairs(text: str) -> dict[str, str]:
     pairs = [item.split("=", 1) for item in text.split(",") if item]
     if any(len(pair) != 2 for pair in pairs):
@@ -343,6 +392,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the objects' poses")
     parser.add_argument(
+        "--task", default="", help="file in config/tasks: its trials instead of the workcell's objects"
+    )
+    parser.add_argument("--split", choices=("seen", "unseen"), default="seen", help="of the task's trial")
+    parser.add_argument(
         "--no-watchdog", action="store_true", help="no communication watchdog and no reflexes"
     )
     parser.add_argument(
@@ -358,6 +411,8 @@ def main(arguments: list[str] | None = None) -> int:
         name=given.name,
         hostnames=given.hostnames,
         seed=given.seed,
+        task=given.task,
+        split=given.split,
         watchdog=not given.no_watchdog,
         homes=dict(given.home),
     )

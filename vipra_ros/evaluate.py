@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
@@ -13,15 +14,18 @@ from config.robot import PolicyClient as PolicyConfig
 from config.task import Task
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
-from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, write_atomically
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Result, write_atomically
 
 EXPERT = "expert"
 CACHE = Path.home() / ".cache" / "vipra_ros"
+_SHOWN = {"mode", "anchor", "action_rate_hz", "replan_after", "min_cycle_s"}
 _EPILOG = """
   vipra evaluate stack_cups --policy checkpoints/mine --seeds 1000:1050 --split unseen --out runs/mine
       50 trials in simulation; interrupted, the same command goes on where it was
   vipra evaluate stack_cups --policy expert --seeds 0:50 --out runs/expert
       what the scripted expert, which sees everything, reaches
+  vipra evaluate stack_cups --live --policy checkpoints/mine --seeds 1000:1050 --out runs/mine_live
+      the same trials on the whole stack in real time; everything is started and stopped
   vipra evaluate --compare runs/mine runs/scratch --out runs/mine_against_scratch
       paired test on the same trials
   vipra evaluate stack_cups --operator --policy mine --seeds 0:24 --out runs/robot
@@ -53,20 +57,28 @@ def main(argv: list[str] | None = None) -> int:
         choices=tuple(PRESETS),
         help="a protocol of the paper; default: asynchronous, 7 of 14, at the demonstrations' rate",
     )
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--lockstep",
         action="store_true",
         help="simulation that waits for the policy (the default, named): repeatable bit for bit",
     )
+    how.add_argument(
+        "--live",
+        action="store_true",
+        help="simulation in real time on the whole stack: simulator, camera, policy server and ROS 2 nodes",
+    )
+    how.add_argument("--operator", action="store_true", help="at the robot: you set up, start and score")
     parser.add_argument(
-        "--latency-ms", type=float, default=100.0, help="lockstep: simulated time an inference takes (100)"
+        "--latency-ms",
+        type=float,
+        help="lockstep: simulated time an inference takes (100); live: added to every inference (0)",
     )
     parser.add_argument(
         "--robot", help="file in config/robots; default: sim_ (operator: franka_) and the task's workcell"
     )
     parser.add_argument("--time-limit", type=float, metavar="S", help="instead of the task's")
     parser.add_argument("--no-video", action="store_true", help="lockstep: no mp4 a trial")
-    parser.add_argument("--operator", action="store_true", help="at the robot: you set up, start and score")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two reports of the same trials"
     )
@@ -78,8 +90,12 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{'TASK' if name == 'task' else '--' + name} is missing")
     task = load(Task, given.task)
     limit_s = limit_of(task, given.time_limit)
+    if given.latency_ms is None:
+        given.latency_ms = 0.0 if given.live else 100.0
     if not 0 <= given.latency_ms <= 5000:
         parser.error(f"--latency-ms {given.latency_ms:g}: 0 to 5000")
+    if given.live and given.policy == EXPERT:
+        parser.error("--live: the expert plays in lockstep simulation only")
     wanted = keys_of(given.seeds, given.split)
     if given.operator:
         from vipra_ros.evaluation.live import run_at_keyboard
@@ -87,15 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         robot = given.robot or f"franka_{task.workcell}"
         return run_at_keyboard(task, given.policy, robot, wanted, limit_s, given.out)
     from vipra_ros.process import signals_raise
-
-    with signals_raise():
-        return _lockstep(task, given, limit_s, wanted)
-
-
-def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: list[Key]) -> int:
-    import simulation.render  # noqa: F401  first: it chooses the renderer before MuJoCo is imported
-    from vipra_ros.evaluation import served
-    from vipra_ros.evaluation.lockstep import Stage
 
     name = given.robot or f"sim_{task.workcell}"
     robot = load(Robot, name)
@@ -108,9 +115,45 @@ def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: lis
         "task": task.name,
         "policy": given.policy,
         "time_limit_s": limit_s,
-        "trials": "lockstep simulation",
+        "trials": "whole stack in real time, simulated" if given.live else "lockstep simulation",
         "robot": name,
     }
+    with signals_raise():
+        if given.live:
+            return _live(task, robot, given, settings, wanted)
+        return _lockstep(task, robot, given, settings, wanted)
+
+
+def _live(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, wanted: list[Key]) -> int:
+    from vipra_ros.evaluation import stack
+
+    policy = policy_of(robot, given.preset, given.latency_ms)
+    shown = policy.model_dump(include=_SHOWN)
+    settings |= shown | {"preset": given.preset, "latency_ms": given.latency_ms}
+    file = str(Path(given.task).resolve()) if Path(given.task).is_file() else given.task
+    played = shown | {"inject_latency_ms": given.latency_ms}
+    try:
+        stack.run(
+            *(task, file, given.policy, settings["robot"], played, settings, wanted),
+            *(settings["time_limit_s"], given.out, _say),
+        )
+    except KeyboardInterrupt:
+        _say(
+            "interrupted: everything is stopped, the trial that ran does not count; the same command goes on"
+        )
+        if (given.out / "settings.json").is_file():
+            _report(task, given.out)
+        raise
+    _report(task, given.out)
+    return 0
+
+
+def _lockstep(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, wanted: list[Key]) -> int:
+    import simulation.render  # noqa: F401  first: it chooses the renderer before MuJoCo is imported
+    from vipra_ros.evaluation import served
+    from vipra_ros.evaluation.lockstep import Stage
+
+    limit_s = settings["time_limit_s"]
     stage = Stage(robot, CACHE)
     try:
         if given.policy == EXPERT:
@@ -119,11 +162,9 @@ def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: lis
             served.run_expert(stage, task, ledger, wanted, limit_s, not given.no_video, _say)
         else:
             policy = policy_of(robot, given.preset, given.latency_ms)
-            shown = policy.model_dump(
-                include={"mode", "anchor", "action_rate_hz", "replan_after", "min_cycle_s"}
-            )
+            shown = policy.model_dump(include=_SHOWN)
             settings |= shown | {"preset": given.preset, "latency_ms": given.latency_ms}
-            ledger = served.run_policy(
+            served.run_policy(
                 stage,
                 task,
                 given.policy,
@@ -137,9 +178,15 @@ def _lockstep(task: Task, given: argparse.Namespace, limit_s: float, wanted: lis
             )
     finally:
         stage.close()
-    report = reports.write(ledger, read_settings(given.out), notes(task, settings))
-    _say(f"{reports.in_one_line(report)}; report: {given.out / 'report.html'}")
+    _report(task, given.out)
     return 0
+
+
+def _report(task: Task, out: Path) -> None:
+    settings = read_settings(out)
+    ledger = Ledger(out, settings)
+    report = reports.write(ledger, settings, notes(task, settings, ledger.results()))
+    _say(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
 
 
 def policy_of(robot: Robot, preset: str | None, latency_ms: float) -> PolicyConfig:
@@ -153,7 +200,7 @@ def read_settings(folder: Path) -> dict:
     return json.loads((folder / "settings.json").read_text())
 
 
-def notes(task: Task, settings: dict) -> list[str]:
+def notes(task: Task, settings: dict, results: list[Result]) -> list[str]:
     """What a reader must know to read the numbers right."""
     text = [
         "Simulated: MuJoCo contact, a rendered camera. The policy's side, the chunks' timing and the safety "
@@ -162,6 +209,13 @@ def notes(task: Task, settings: dict) -> list[str]:
     ]
     if settings["policy"] == EXPERT:
         text[0] = "Simulated. The scripted expert knows where everything is: an upper bound, not a policy."
+    if factors := [r.real_time_factor for r in results if r.real_time_factor is not None]:
+        latency = [r.latency_ms for r in results if r.latency_ms is not None]
+        text[0] = (
+            "Simulated arms and a rendered camera, in real time; policy server, nodes, safety checks and the "
+            "arms' protocol are those of the robot. Simulated seconds a second: "
+            f"{median(factors):.2f}; median inference {median(latency):.0f} ms of simulated time."
+        )
     return text
 
 

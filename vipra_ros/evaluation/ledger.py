@@ -54,6 +54,8 @@ class Result:
     refused: int = 0  # chunks that a safety check refused
     limited: dict[str, int] = field(default_factory=dict)  # joint targets the safety checks changed, by kind
     note: str = ""
+    real_time_factor: float | None = None  # simulated seconds a second, on the running stack
+    latency_ms: float | None = None  # median of its newest requests, simulated time
 
     @property
     def key(self) -> Key:

@@ -25,6 +25,7 @@ from vipra_ros.report.video import Video, jpeg
 SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
 LATCHED = ("FAULT", "STOPPED", "STOPPING")
+Track = list[tuple[float, np.ndarray]]  # stamp s; [7] rad and the hand's opening, if there is one
 
 
 class Rig(Protocol):
@@ -162,17 +163,24 @@ class GraphRig:
         self._lock = threading.Lock()  # the monitor's thread delivers pictures and joints
         self._film: Video | None = None
         self._filmed_s, self._picture = -np.inf, None
-        self._joints: dict[str, list[tuple[float, np.ndarray]]] = {arm: [] for arm in arms}
+        self.newest_s = -np.inf  # capture stamp of the newest picture
+        self._joints: dict[str, Track] = {arm: [] for arm in arms}
+        self._told: dict[str, Track] = {arm: [] for arm in arms}
         self._started = -np.inf
         monitor.watch_images(self._on_image)
         for arm in arms:
-            monitor.watch_joints(arm, lambda message, arm=arm: self._on_joints(arm, message))
+            monitor.watch_joints(arm, lambda message, arm=arm: self._on_joints(self._joints[arm], message))
+            monitor.watch_joints(
+                arm, lambda message, arm=arm: self._on_joints(self._told[arm], message), "joint_reference"
+            )
 
     def start(self, instruction: str, film: Path) -> None:
         self._monitor.set_task(instruction)
         with self._lock:
-            self._picture, self._joints = None, {arm: [] for arm in self._arms}
-            self._film = Video(film, SAMPLE_HZ)
+            self._picture, self._film = None, Video(film, SAMPLE_HZ)
+            for arm in self._arms:
+                self._joints[arm].clear()
+                self._told[arm].clear()
         self._monitor.call("/policy/start", 15.0)
         self._started = time.monotonic()
 
@@ -194,15 +202,23 @@ class GraphRig:
         return ("fault", f"policy: {policy.message}") if stopped else None
 
     def save(self, ledger: Ledger, key: Key) -> np.ndarray:
-        with self._lock:
-            joints, picture = self._joints, self._picture
-        self.discard()
-        if picture is not None:
-            ledger.file(key, ".jpg").write_bytes(jpeg(picture))
-        times, measured = resample([joints[arm] for arm in self._arms], SAMPLE_HZ)
+        joints, _ = self.finish(ledger.file(key, ".jpg"))
+        times, measured = resample(joints, SAMPLE_HZ)
         arms = np.array(self._arms)
         np.savez_compressed(ledger.file(key, ".npz"), time_s=times, arms=arms, joints=measured)
         return measured
+
+    def finish(self, still: Path) -> tuple[list[Track], list[Track]]:
+        """End the film and write its last picture; joints measured and commanded, by arm, with the hand's
+        opening.
+        """
+        self.discard()
+        with self._lock:
+            if self._picture is not None:
+                still.write_bytes(jpeg(self._picture))
+            return [list(self._joints[arm]) for arm in self._arms], [
+                list(self._told[arm]) for arm in self._arms
+            ]
 
     def discard(self) -> None:
         with self._lock:
@@ -212,6 +228,7 @@ class GraphRig:
 
     def _on_image(self, message) -> None:
         stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
+        self.newest_s = stamp_s
         with self._lock:
             if self._film is None or stamp_s - self._filmed_s < 0.9 / SAMPLE_HZ:
                 return
@@ -220,25 +237,26 @@ class GraphRig:
             self._picture = rgb.reshape(message.height, message.width, 3)
             self._film.add(self._picture, stamp_s)
 
-    def _on_joints(self, arm: str, message) -> None:
+    def _on_joints(self, track: Track, message) -> None:
         stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
         with self._lock:
             if self._film is not None:
-                self._joints[arm].append((stamp_s, np.array(message.position[:7])))
+                track.append((stamp_s, np.array(message.position)))
 
 
-def resample(arms: list[list[tuple[float, np.ndarray]]], rate_hz: float) -> tuple[np.ndarray, np.ndarray]:
-    """Joint states (stamp s, [7] rad) of each arm -> times [T], joints [T, 7 * arms] on one even grid."""
+def resample(arms: list[Track], rate_hz: float) -> tuple[np.ndarray, np.ndarray]:
+    """Joint states of each arm -> times [T], joints [T, 7 * arms] rad on one even grid."""
     if not all(arms):
         return np.zeros(0), np.zeros((0, 7 * len(arms)))
-    stamps = [np.array([stamp for stamp, _ in states]) for states in arms]
-    first, last = max(s[0] for s in stamps), min(s[-1] for s in stamps)
+    first, last = max(track[0][0] for track in arms), min(track[-1][0] for track in arms)
     times = np.arange(first, last, 1 / rate_hz)
-    columns = []
-    for stamp, states in zip(stamps, arms, strict=True):
-        q = np.array([position for _, position in states])
-        columns += [np.interp(times, stamp, q[:, joint]) for joint in range(q.shape[1])]
-    return times, np.stack(columns, axis=1)
+    return times, np.hstack([at(times, track)[:, :7] for track in arms])
+
+
+def at(times: np.ndarray, track: Track) -> np.ndarray:
+    """Positions [T, n] at `times` s, between the states of a track that is not empty."""
+    stamps, positions = np.array([stamp for stamp, _ in track]), np.array([q for _, q in track])
+    return np.stack([np.interp(times, stamps, column) for column in positions.T], axis=1)
 
 
 def run(

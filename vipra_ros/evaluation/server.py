@@ -1,6 +1,7 @@
 """The policy server of an evaluation: started here for a policy, or running somewhere else at an address."""
 
 import contextlib
+import time
 from pathlib import Path
 
 import yaml
@@ -34,7 +35,8 @@ class Server:
         if "://" not in self._policy:
             self.address = self._bind or f"tcp://127.0.0.1:{free_port()}"
             graph = bringup.describe("policy_server", {"policy": self._served(), "bind": self.address})
-            self._children = self._resources.enter_context(bringup.running(graph, self._folder / "logs"))
+            logs = self._folder / "logs" / time.strftime("%Y%m%d-%H%M%S")  # that of a server that died stays
+            self._children = self._resources.enter_context(bringup.running(graph, logs))
         client = PolicyClient(self.address, timeout_s=ANSWER_S, embodiment=self._embodiment)
         self._resources.callback(client.close)
         try:
@@ -43,13 +45,18 @@ class Server:
             raise EvaluationError(f"no policy server: {error}") from error
         self.client = client
 
+    @property
+    def lost(self) -> bool:
+        """It must be started again; one that runs elsewhere is looked for again."""
+        return all(child.returncode() is not None for child in self._children)
+
     def check(self) -> None:
         """Raises Void when the process has ended."""
         try:
             for child in self._children:
                 child.check()
         except ProcessError as error:
-            raise Void(str(error).splitlines()[0]) from error
+            raise Void(in_a_line(error)) from error
 
     def _served(self) -> str:
         """What `vipra serve` is given; a checkpoint folder gets a policy file of its own."""
@@ -63,3 +70,8 @@ class Server:
     def stop(self) -> None:
         self._resources.close()
         self._children, self.client = [], None
+
+
+def in_a_line(error: Exception) -> str:
+    """What happened, and in which log the rest is, without the end of that log."""
+    return str(error).splitlines()[0].replace("; end of ", "; see ").removesuffix(":")

@@ -25,8 +25,8 @@ from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluate import CACHE, policy_of
 from vipra_ros.evaluation.ledger import Ledger
-from vipra_ros.evaluation.lockstep import Stage, play_policy
-from vipra_ros.evaluation.served import Server
+from vipra_ros.evaluation.lockstep import Stage, Waiting, play_policy
+from vipra_ros.evaluation.server import Server
 out = Path(sys.argv[1])
 robot, task = load(Robot, "sim_single"), load(Task, "stack_cups")
 out.mkdir()
@@ -38,7 +38,8 @@ try:
         for seed in seeds:
             policy = policy_of(robot, None, 150.0).model_copy(update={"seed": seed})
             trial = make_trial(task, seed)
-            ledger.write(play_policy(stage, trial, ledger, server.client, policy, 1.5, seed == 0))
+            client = Waiting(server.client, server.check)
+            ledger.write(play_policy(stage, trial, ledger, client, policy, 1.5, seed == 0))
         stage.close()
 finally:
     server.stop()
@@ -56,8 +57,8 @@ from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluate import CACHE, policy_of
 from vipra_ros.evaluation.ledger import Key, Ledger, run_trials
-from vipra_ros.evaluation.lockstep import Stage, play_policy
-from vipra_ros.evaluation.served import Server
+from vipra_ros.evaluation.lockstep import Stage, Waiting, play_policy
+from vipra_ros.evaluation.server import Server
 from vipra_ros.process import Child
 out, address = Path(sys.argv[1]), sys.argv[2]
 robot, task = load(Robot, "sim_single"), load(Task, "stack_cups")
@@ -72,7 +73,8 @@ def play(key):
     if key.seed == 1 and len(children) == 1:
         children[0].stop(0.1, 0.1)
     policy = policy_of(robot, "7hz", 100.0)
-    return play_policy(stage, make_trial(task, key.seed), ledger, server.client, policy, 2.0, True)
+    client = Waiting(server.client, server.check)
+    return play_policy(stage, make_trial(task, key.seed), ledger, client, policy, 2.0, True)
 
 def repair():
     children.append(Child("moves", argv, out / "moves_again.log"))
@@ -140,6 +142,10 @@ def test_the_expert_is_evaluated_by_the_command(tmp_path):
     [
         (["stack_cups", "--policy", "expert", "--out", "x"], "--seeds is missing"),
         (["--policy", "expert", "--seeds", "0:1", "--out", "x"], "TASK is missing"),
+        (
+            ["stack_cups", "--live", "--policy", "expert", "--seeds", "0:1", "--out", "x"],
+            "lockstep simulation only",
+        ),
     ],
 )
 def test_what_is_missing_is_named(argv, said, capsys):
