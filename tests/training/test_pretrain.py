@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import os
+import signal
 from types import SimpleNamespace
 
 import cv2
@@ -17,6 +19,7 @@ from models.latent_action import config as latent_config
 from models.latent_action import folder as latent_folder
 from models.latent_action.model import LatentActionModel
 from models.vqgan import VQGAN
+from tests.training.ranks import forked
 from training import distributed, label, loop, pretrain, start
 from training.run import Run, TrainingError
 from training.tokenizer import TokenizerStage, vocabulary
@@ -50,9 +53,9 @@ def ranks():
 
 @pytest.fixture
 def made(tmp_path) -> SimpleNamespace:
-    """Three short videos, a latent action model and a frame tokenizer, both random."""
+    """Four short videos, a latent action model and a frame tokenizer, both random."""
     rng = np.random.default_rng(0)
-    for e in range(3):
+    for e in range(4):
         (tmp_path / "data" / f"episode_{e}").mkdir(parents=True)
         for t in range(4 + e):
             picture = rng.integers(256, size=(16, 16, 3)).astype(np.uint8)
@@ -72,29 +75,38 @@ def write(made, out, ranks) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
 
 
-def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, ranks, tmp_path, monkeypatch):
-    whole = write(made, tmp_path / "whole", ranks)
-    assert len([name for name in whole if name.endswith(".parquet")]) == 3
-
+def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, tmp_path, monkeypatch):
+    """Two ranks, one of them killed while it writes its second shard; then two again."""
     write_shard = label.write_shard
 
     def killed(path, rows, about):
-        if "000001" in path.name:
+        if "000003" in path.name:
             path.with_suffix(".partial").write_bytes(b"half a file")
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
         write_shard(path, rows, about)
 
-    monkeypatch.setattr(label, "write_shard", killed)
-    with pytest.raises(KeyboardInterrupt):
+    def work():
+        ranks = distributed.start("cpu")
         write(made, tmp_path / "again", ranks)
-    assert not (tmp_path / "again" / "manifest.json").exists()
-    first = (tmp_path / "again" / "shard-00-000000.parquet").stat().st_mtime_ns
-    monkeypatch.setattr(label, "write_shard", write_shard)
-    assert write(made, tmp_path / "again", ranks) == whole
-    assert (tmp_path / "again" / "shard-00-000000.parquet").stat().st_mtime_ns == first
+        distributed.stop()
 
-    with pytest.raises(TrainingError, match="begun with another horizon"):
-        label.label(made.data, made.latent, made.tokenizer, tmp_path / "again", 5, 1, 4, ranks, print)
+    monkeypatch.setattr(label, "write_shard", killed)
+    first, second = forked(2, work)
+    assert (first, second) == (1, -9)  # who is left does not call the folder finished
+    written = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "again").glob("*.parquet")}
+    assert sorted(written) == [f"shard-00-00000{i}.parquet" for i in range(3)]
+    assert not (tmp_path / "again" / "manifest.json").exists()
+
+    monkeypatch.setattr(label, "write_shard", write_shard)
+    assert forked(2, work) == [0, 0]
+    assert all((tmp_path / "again" / name).stat().st_mtime_ns == at for name, at in written.items())
+    ranks = distributed.start("cpu")
+    try:
+        assert write(made, tmp_path / "whole", ranks) == write(made, tmp_path / "again", ranks)
+        with pytest.raises(TrainingError, match="begun with another horizon"):
+            label.label(made.data, made.latent, made.tokenizer, tmp_path / "again", 5, 1, 4, ranks, print)
+    finally:
+        distributed.stop()
 
 
 def test_windows_end_with_their_clip():
