@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from config.training import Lora
@@ -18,6 +17,8 @@ def attach(policy: Policy, choice: Lora, source: Source, seed: int, precision: s
 
     The frozen backbone is held in `precision`; adapters and action heads train in float32.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # seconds of imports, for adapters only
+
     policy.backbone.requires_grad_(False)
     heads = [name for name, p in policy.named_parameters() if p.requires_grad]
     config = LoraConfig(
