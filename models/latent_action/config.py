@@ -112,6 +112,18 @@ _LAPA = {"code_grid": 2, "deltas": True, "decoder": "cross"}
 SIZES = {
     "laq_base": LatentActionConfig(name="laq_base"),
     "laq_tiny": _TINY,
+    "laq_sim": dataclasses.replace(
+        _TINY,
+        name="laq_sim",
+        image_size=96,
+        patch=6,
+        width=128,
+        vit_layers=2,
+        vit_heads=4,
+        heads=4,
+        encoder_layers=3,
+        decoder_layers=3,
+    ),
     "lapa_base": LatentActionConfig(name="lapa_base", **_LAPA),
     "lapa_tiny": dataclasses.replace(_TINY, name="lapa_tiny", **_LAPA),
     "mvp_lam_base": LatentActionConfig(name="mvp_lam_base", target="features"),
