@@ -1,5 +1,6 @@
 """The graph is described once, and what was started is stopped, however the end comes."""
 
+import contextlib
 import os
 import re
 import runpy
@@ -181,7 +182,8 @@ def up(slot, tmp_path):
         yield process, marker, log
     finally:
         for pid in processes_with(marker):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was ending
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 

@@ -1,5 +1,6 @@
 """The demo works from one command, or says why it did not, and leaves nothing running."""
 
+import contextlib
 import json
 import os
 import signal
@@ -63,7 +64,8 @@ def demo(tmp_path):
     yield start
     for one in started:
         for pid, _ in one.left():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was ending
+                os.kill(pid, signal.SIGKILL)
         one.process.wait()
 
 
