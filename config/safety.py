@@ -8,11 +8,20 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from config.loading import Joints, Strict, Vector3
+from config.loading import Strict, Vector3
 
 Positive = Annotated[float, Field(gt=0)]
-PositiveJoints = Annotated[tuple[Positive, ...], Field(min_length=7, max_length=7)]
+Joints = Annotated[tuple[float, ...], Field(min_length=1, max_length=32)]
+PositiveJoints = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=32)]
+_NOT_JOINTS = ("contact_force", "collision_force", "load_centre_m", "load_inertia_kg_m2")
 Wrench = Annotated[tuple[Positive, ...], Field(min_length=6, max_length=6)]
+
+
+def _same_length(model: Strict, joints: int) -> None:
+    """Raises ValueError unless every list of `model` that has a value a joint has `joints` of them."""
+    for key, value in model:
+        if isinstance(value, tuple) and key not in _NOT_JOINTS and len(value) != joints:
+            raise ValueError(f"{key} has {len(value)} values, the arm has {joints} joints (position_min_rad)")
 
 
 class VelocityEnvelope(Strict):
@@ -24,13 +33,13 @@ class VelocityEnvelope(Strict):
 
     upper_rad: Joints
     lower_rad: Joints
-    offset_rad_s: Annotated[tuple[float, ...], Field(min_length=7, max_length=7)]
+    offset_rad_s: Joints
     coefficient_rad_s2: PositiveJoints
     share: float = Field(0.5, gt=0, le=1, description="part of the coefficient that commands may rely on")
 
 
 class JointRange(Strict):
-    """Ends of travel and derivatives of one arm's seven joints."""
+    """Ends of travel and derivatives of one arm's joints, as many as position_min_rad has (Franka: seven)."""
 
     position_min_rad: Joints
     position_max_rad: Joints
@@ -56,7 +65,9 @@ class JointRange(Strict):
     @model_validator(mode="after")
     def _soft_inside_hard(self):
         envelope = self.velocity_envelope
-        for j in range(7):
+        _same_length(self, len(self.position_min_rad))
+        _same_length(envelope, len(self.position_min_rad))
+        for j in range(len(self.position_min_rad)):
             lower, upper = self.position_min_rad[j], self.position_max_rad[j]
             if upper - lower <= 2 * self.soft_margin_rad:
                 raise ValueError(
@@ -208,6 +219,7 @@ class Safety(Strict):
     @model_validator(mode="after")
     def _stop_within_limits(self):
         joints = self.joints
+        _same_length(self.contact, len(joints.position_min_rad))
         if self.stop.deceleration_rad_s2 > joints.software_share * min(joints.acceleration_rad_s2):
             raise ValueError("stop.deceleration_rad_s2 exceeds a joint's acceleration")
         if self.stop.jerk_rad_s3 > joints.reference_jerk_share * min(joints.jerk_rad_s3):

@@ -71,7 +71,7 @@ def test_commanded_velocity_is_always_below_the_published_bound(model):
         (lambda d: d["joints"]["position_max_rad"].__setitem__(3, -3.0), "no travel"),
         (lambda d: d["joints"]["velocity_envelope"]["upper_rad"].__setitem__(0, 2.0), "velocity envelope"),
         (lambda d: d["joints"]["velocity_envelope"].update(share=1.0), "over the limit"),
-        (lambda d: d["joints"]["velocity_rad_s"].pop(), "at least 7"),
+        (lambda d: d["joints"]["velocity_rad_s"].pop(), "velocity_rad_s has 6 values, the arm has 7"),
         (lambda d: d["joints"]["acceleration_rad_s2"].__setitem__(0, float("nan")), "acceleration_rad_s2"),
         (lambda d: d["stop"].update(deceleration_rad_s2=50.0), "stop.deceleration_rad_s2"),
         (lambda d: d["start"].update(aligned_error_rad=0.4), "aligned_error_rad"),

@@ -81,11 +81,14 @@ def _solve(kinematics: Kinematics, q, goals, low, high, action: int) -> np.ndarr
         near = [np.linalg.norm(e[:3]) <= CLOSE_M and np.linalg.norm(e[3:]) <= CLOSE_RAD for e in errors]
         if all(near) or not left:
             break
-        moves = [
-            j.T @ np.linalg.solve(j @ j.T + DAMPING**2 * np.eye(6), e)
-            for (_, _, j), e in zip(tools, errors, strict=True)
-        ]
-        q = np.clip(q + np.concatenate(moves), low, high)
+        jacobians = [j for _, _, j in tools]
+        move = _move(jacobians, errors)
+        stuck = ((q <= low) & (move < 0)) | ((q >= high) & (move > 0))
+        if stuck.any():  # what these joints cannot do, the others may
+            ends = np.cumsum([j.shape[1] for j in jacobians])[:-1]
+            free = np.split(~stuck, ends)
+            move = _move([j * f for j, f in zip(jacobians, free, strict=True)], errors)
+        q = np.clip(q + move, low, high)
     for arm, e in zip(kinematics.arms, errors, strict=True):
         off_m, off_rad = np.linalg.norm(e[:3]), np.linalg.norm(e[3:])
         if off_m > OFF_M or off_rad > OFF_RAD:
@@ -94,6 +97,14 @@ def _solve(kinematics: Kinematics, q, goals, low, high, action: int) -> np.ndarr
                 f"action {action}: the {arm} arm comes no closer than {off_m:.3f} m and {off_rad:.2f} rad",
             )
     return q
+
+
+def _move(jacobians: list[np.ndarray], errors: list[np.ndarray]) -> np.ndarray:
+    """Change of the joints [J] rad that takes away `errors` [6], damped."""
+    damping = DAMPING**2 * np.eye(6)
+    return np.concatenate(
+        [j.T @ np.linalg.solve(j @ j.T + damping, e) for j, e in zip(jacobians, errors, strict=True)]
+    )
 
 
 def _error(tool: Tool, goal: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -19,15 +19,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from config.loading import ConfigError
 from config.robot import Control
 from config.safety import Safety
 from config.workcell import Workcell
 from vipra_ros.clock import Clock, ClockStopped
 from vipra_ros.execution.chunk import Chunk, Rejected
 from vipra_ros.execution.reference import Reference, Sample
+from vipra_ros.robot.arm import Arm, ArmFault, ArmState, Hand
 from vipra_ros.robot.commands import Lease, Tag
-from vipra_ros.robot.franka import ArmFault, ArmState, FrankaArm
-from vipra_ros.robot.gripper import GripperWorker, Hysteresis
+from vipra_ros.robot.gripper import Hysteresis
 from vipra_ros.robot.runlog import RunLog
 from vipra_ros.safety.limits import JointLimits
 from vipra_ros.safety.supervisor import Supervisor, Verdict
@@ -81,8 +82,8 @@ class _Side:
     """One arm and what the loop remembers of it."""
 
     name: str
-    arm: FrankaArm
-    gripper: GripperWorker | None
+    arm: Arm
+    gripper: Hand | None
     hysteresis: Hysteresis | None
     rows: slice  # of the J joints
     state: ArmState | None = None
@@ -95,8 +96,8 @@ class ArmsExecutor:
 
     def __init__(
         self,
-        arms: Mapping[str, FrankaArm],
-        grippers: Mapping[str, GripperWorker],
+        arms: Mapping[str, Arm],
+        grippers: Mapping[str, Hand],
         homes: Mapping[str, np.ndarray],
         clock: Clock,
         control: Control,
@@ -105,23 +106,31 @@ class ArmsExecutor:
         realtime: bool = False,
         log_minutes: int = 60,
     ):
-        """`arms` in embodiment order; `homes` [7] rad by arm; no `workcell`: no geometry checks."""
+        """`arms` in embodiment order; `homes` [n] rad by arm; no `workcell`: no geometry checks.
+
+        Raises ConfigError where `safety` is for arms with another number of joints.
+        """
         self.names = tuple(arms)
         self._clock, self._control, self._config = clock, control, safety
         self._workcell, self._realtime = workcell, realtime
+        self._limits = JointLimits.of(safety, len(arms))
+        each, joints = self._limits.size // len(arms), self._limits.size
+        for name in arms:
+            if len(homes[name]) != each:
+                raise ConfigError(
+                    f"the safety limits are for arms of {each} joints, {name} has {len(homes[name])}"
+                )
         self._sides = [
             _Side(
                 name,
                 arm,
                 grippers.get(name),
                 Hysteresis(safety.gripper) if name in grippers else None,
-                slice(7 * i, 7 * i + 7),
+                slice(each * i, each * (i + 1)),
             )
             for i, (name, arm) in enumerate(arms.items())
         ]
         self._home = np.concatenate([homes[name] for name in arms])
-        joints = 7 * len(arms)
-        self._limits = JointLimits.of(safety, len(arms))
         self._q, self._dq = np.zeros(joints), np.zeros(joints)  # measured
         self._reference: Reference | None = None
         self._gate: Supervisor | None = None  # its `state` is what was last sent
@@ -340,7 +349,7 @@ class ArmsExecutor:
         return self._measured_at, states
 
     def commanded(self) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray, float | None]]] | None:
-        """What the arms were last told, by arm: q, dq [7] and the hand's opening, and when, executor time.
+        """What the arms were last told, by arm: q, dq [n] and the hand's opening, and when, executor time.
 
         The opening is the action's, before hysteresis; until a first action it is the measured one. None for
         an arm without a hand; all is None before the first tick.

@@ -10,48 +10,20 @@ must be safe already.
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
 
 import franky
 import numpy as np
 
 from config.robot import Arm, Control
 from config.safety import Safety
+from vipra_ros.robot.arm import ArmFault, ArmState
 
 _POLL_S = 0.01  # period of reading the state of an arm that is not under control
 
 
-class ArmFault(RuntimeError):
-    """An arm cannot go on. `code` is one word for programs, the message is for people."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class ArmState:
-    """What an arm last reported. `time_s` has a zero of its own: it only tells fresh from frozen."""
-
-    time_s: float
-    q: np.ndarray  # [7] rad
-    dq: np.ndarray  # [7] rad/s
-    tau: np.ndarray  # [7] measured torque, Nm
-    mode: str  # Idle, Move, Guiding, Reflex, UserStopped, AutomaticErrorRecovery, Other
-    errors: str  # names of the current errors, "" if none
-
-    @property
-    def fault(self) -> tuple[str, str] | None:
-        """(code, reason) when the arm itself refuses to move."""
-        if self.mode == "UserStopped":
-            return "user_stop", "user stop is pressed"
-        if self.mode == "Reflex" or self.errors:
-            return "reflex", self.errors or "reflex"
-        return None
-
-
 class FrankaArm:
-    """Connection to one arm. `connect`, `start`, then `set_target` at a steady rate; `shutdown` at the end.
+    """Connection to one arm (`robot.arm.Arm`). `connect`, `start`, then `set_target` at a steady rate;
+    `shutdown` at the end.
 
     `read` and `set_target` never block; the other methods do, for bounded times, and must come from one
     thread at a time. Everything that goes wrong is raised as ArmFault.

@@ -27,7 +27,9 @@ class Braking:
 
 @dataclass(frozen=True)
 class JointLimits:
-    """Limits of J = 7A joints. `velocity` and `acceleration` are the software's share of the hard ones."""
+    """Limits of J joints, equally many an arm. `velocity` and `acceleration` are the software's share of the
+    hard ones.
+    """
 
     hard_min: np.ndarray  # [J] rad
     hard_max: np.ndarray  # [J] rad

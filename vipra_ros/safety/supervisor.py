@@ -32,7 +32,7 @@ class Verdict:
 
 
 class Supervisor:
-    """Gate over the J = 7A joints of `arms`, in that order. Not thread-safe.
+    """Gate over the J joints of `arms`, in that order, equally many each. Not thread-safe.
 
     workcell: None leaves out everything that needs geometry (collision, workspace, Cartesian speed,
     manipulability).
@@ -177,4 +177,5 @@ class Supervisor:
         return np.where(slower == dq, q, q + 0.5 * dt * (dq + slower)), slower
 
     def _joint(self, j: int) -> str:
-        return f"{self.arms[j // 7]} joint {j % 7 + 1}"
+        each = self.limits.size // len(self.arms)
+        return f"{self.arms[j // each]} joint {j % each + 1}"
