@@ -96,7 +96,7 @@ class Stage:
 
     def set(self, trial: Trial) -> None:
         """The trial's objects on the table, the arms at home."""
-        props = [(prop.name, prop.kind) for prop in trial.workcell.props]
+        props = [prop.model_dump(exclude={"xy", "rgb"}) for prop in trial.workcell.props]
         if props != self._props:
             self.close()
             self._demonstrator = Demonstrator(trial, load(Embodiment, self.robot.embodiment).rate_hz)
