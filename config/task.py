@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from config.loading import Strict, Vector3
+from config.workcell import Pattern, Shape
 
-Kind = Literal["pick_place", "stack", "place_in_bowl"]
+Kind = Literal["pick_place", "stack", "place_in_bowl", "cover"]
 Role = Literal["moved", "target", "other"]
 
 
@@ -32,17 +33,20 @@ class TaskObject(Strict):
     """One object of the scene; its role decides what the instruction and the score say of it."""
 
     name: str
-    kind: Literal["cup", "bowl"]
+    kind: Shape | None = Field(description="null: drawn from the split's shapes, all different")
     role: Role = "other"
     colour: Colour | None = Field(None, description="null: drawn from the split's colours, all different")
     region: Region | None = Field(None, description="where it may lie; null: the split's region")
 
 
 class Split(Strict):
-    """Where things may lie and what colours they have. `seen` is trained on, `unseen` only evaluated."""
+    """Where things may lie and what they look like. `seen` is trained on, `unseen` only evaluated."""
 
     region: Region
     colours: tuple[Colour, ...] = Field(min_length=1)
+    shapes: tuple[Shape, ...] = Field((), description="of objects without a kind of their own")
+    patterns: tuple[Pattern, ...] = Field(("plain",), min_length=1, description="each object draws one")
+    cloth_sizes_m: tuple[float, ...] = Field((0.28,), min_length=1, description="side of the cloth")
 
 
 class Protocol(Strict):
@@ -65,7 +69,8 @@ class Task(Strict):
     holder: Literal["left", "right"] | None = Field(None, description="the arm that holds the target")
     instructions: tuple[str, ...] = Field(
         min_length=1,
-        description="{moved} and {target} become the objects' colours; the first one is for evaluation",
+        description="{moved} and {target} become the objects' colours, {shape} the target's kind; "
+        "the first one is for evaluation",
     )
     objects: tuple[TaskObject, ...] = Field(min_length=1)
     clearance_m: float = Field(0.12, gt=0, description="least distance between two objects' centres")
@@ -82,9 +87,15 @@ class Task(Strict):
         if len({o.name for o in self.objects}) != len(self.objects):
             raise ValueError("objects: names must be unique")
         drawn = sum(o.colour is None for o in self.objects)
+        shaped = sum(o.kind is None for o in self.objects)
         for name in ("seen", "unseen"):
             if len({c.word for c in getattr(self, name).colours}) < drawn:
                 raise ValueError(f"{name}.colours: {drawn} different colours are needed")
+            if len(set(getattr(self, name).shapes)) < shaped:
+                raise ValueError(f"{name}.shapes: {shaped} different shapes are needed")
+        moved = next(o for o in self.objects if o.role == "moved")
+        if (moved.kind == "cloth") != (self.kind == "cover"):
+            raise ValueError("objects: a cover task moves a cloth, other tasks move none")
         if (self.kind == "place_in_bowl") != (self.holder is not None):
             raise ValueError("holder: place_in_bowl needs one, other tasks have none")
         if self.holder == self.arm:

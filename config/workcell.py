@@ -37,13 +37,19 @@ class View(Strict):
     vertical_fov_deg: float = Field(gt=10, lt=120)
 
 
+Shape = Literal["cup", "bowl", "box", "can", "jar", "cloth"]
+Pattern = Literal["plain", "checked", "striped", "dotted"]
+
+
 class Prop(Strict):
     """A movable object of the simulated scene."""
 
     name: str
-    kind: Literal["cup", "bowl", "cloth"]
+    kind: Shape
     xy: tuple[float, float] = Field(description="m, nominal position on the table in `world`")
     rgb: Vector3 = Field(default=(1.0, 1.0, 1.0), description="0..1")
+    pattern: Pattern = Field("plain", description="its texture, in lighter and darker tones of `rgb`")
+    size_m: float = Field(0.28, ge=0.2, le=0.36, description="a cloth's side; other objects have one size")
 
 
 class Workcell(Strict):
@@ -59,3 +65,8 @@ class Workcell(Strict):
     props_jitter_xy: tuple[float, float] = Field(
         (0.0, 0.0), description="m, +- randomisation of props at reset"
     )
+
+    @property
+    def shapes(self) -> tuple[tuple, ...]:
+        """What of the props makes another model of the physics: all but their places and looks."""
+        return tuple((prop.name, prop.kind, prop.size_m) for prop in self.props)

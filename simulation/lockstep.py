@@ -9,10 +9,12 @@ import mujoco
 import numpy as np
 
 from config.robot import Control
+from config.workcell import Workcell
+from simulation import cloth
 from simulation.arm import Arm
 from simulation.tasks.score import Judge, Thing
 from simulation.tasks.trial import Trial
-from simulation.workcell import HAND_WIDTH, HOME, build, strip_visuals
+from simulation.workcell import HAND_WIDTH, HOME, build, place_prop, strip_visuals, top_points
 
 TICK_S = 0.001
 TCP_M = 0.1034  # Franka Hand: from its flange to between the fingertips (Franka documentation)
@@ -25,19 +27,27 @@ class Lockstep:
 
     def __init__(self, trial: Trial, control: Control | None = None):
         control = control or Control()
-        self.trial = trial
-        self.sim = build(trial.workcell, None, Arm)
-        strip_visuals(self.sim.scene)
-        self.sim.start()
-        self.model, self.data = self.sim.model, self.sim.data
-        self.arms = dict(zip(trial.workcell.arms, self.sim.robots, strict=True))
+        self._load(trial)
         self._stiffness = np.array(control.stiffness)
         self._damping = 2 * np.sqrt(self._stiffness)
         self._max_step = control.max_delta_tau_nm
         self.reset(trial)
 
+    def _load(self, trial: Trial) -> None:
+        self.sim = build(trial.workcell, None, Arm)
+        strip_visuals(self.sim.scene)
+        self.sim.start()
+        self.model, self.data = self.sim.model, self.sim.data
+        self.arms = dict(zip(trial.workcell.arms, self.sim.robots, strict=True))
+        self._built = trial.workcell.shapes
+
     def reset(self, trial: Trial, start: dict[str, np.ndarray] | None = None) -> None:
-        """Another trial of the same task (its colours do not matter). start: joints by arm, rad, or home."""
+        """Another trial of the same task. start: joints by arm, rad, or home.
+
+        Other shapes than before make another `model` and `data`; colours do not matter.
+        """
+        if trial.workcell.shapes != self._built:
+            self._load(trial)
         self.trial, self.time_s = trial, 0.0
         mujoco.mj_resetData(self.model, self.data)
         self._targets, self._tau = {}, {}
@@ -50,11 +60,9 @@ class Lockstep:
             self.open_hand(name, 1.0)
         top = trial.workcell.table.centre_xyz[2]
         for prop, yaw in zip(trial.workcell.props, trial.yaws_rad, strict=True):
-            address = int(self.model.joint(f"{prop.name}_free").qposadr[0])
-            self.data.qpos[address : address + 3] = (*prop.xy, top + 0.0005)
-            self.data.qpos[address + 3 : address + 7] = (np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
+            place_prop(self.model, self.data, prop, np.array(prop.xy), yaw, top)
         mujoco.mj_forward(self.model, self.data)
-        self.judge = Judge(trial.task, top)
+        self.judge = judge_for(trial)
 
     def open_hand(self, arm: str, opening: float) -> None:
         """opening 0 closes with the grasp force, 1 opens; the rules of the gripper node are the caller's."""
@@ -125,15 +133,29 @@ class Lockstep:
 
     def things(self) -> dict[str, Thing]:
         """Every object's pose and velocity."""
-        found = {}
-        for prop in self.trial.workcell.props:
-            joint = self.model.joint(f"{prop.name}_free")
-            at, speed = int(joint.qposadr[0]), int(joint.dofadr[0])
-            qpos, qvel = self.data.qpos, self.data.qvel
-            found[prop.name] = Thing(
-                qpos[at : at + 3].copy(), qpos[at + 3 : at + 7].copy(), qvel[speed : speed + 3].copy()
-            )
-        return found
+        return things(self.model, self.data, self.trial.workcell)
+
+
+def things(model, data, workcell: Workcell) -> dict[str, Thing]:
+    """The workcell's props by name as the physics knows them; a cloth's pose and velocity are its knob's."""
+    found = {}
+    for prop in workcell.props:
+        joint = model.joint(f"{prop.name}_free")
+        at, speed = int(joint.qposadr[0]), int(joint.dofadr[0])
+        found[prop.name] = Thing(
+            data.qpos[at : at + 3].copy(),
+            data.qpos[at + 3 : at + 7].copy(),
+            data.qvel[speed : speed + 3].copy(),
+            cloth.surface(model, data, prop.name) if prop.kind == "cloth" else None,
+        )
+    return found
+
+
+def judge_for(trial: Trial) -> Judge:
+    """A judge of `trial` that has seen nothing yet."""
+    target = trial.task.named("target")
+    kind = next(prop.kind for prop in trial.workcell.props if prop.name == target)
+    return Judge(trial.task, trial.workcell.table.centre_xyz[2], top_points(kind))
 
 
 def _hermite(q0, q1, v0, v1, s: float, span: float) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ import mujoco
 import numpy as np
 
 from config.workcell import Prop, Workcell
+from simulation import cloth
 from simulation import workcell as cell
 from simulation.state import SharedState, StateError
 
@@ -109,7 +110,11 @@ class Painter:
         self.model = mujoco.MjModel.from_xml_string(ET.tostring(scene, encoding="unicode"), assets)
         self.data = mujoco.MjData(self.model)
         self.renderer = mujoco.Renderer(self.model, height, width)
-        self._props = [(self.model.body(p.name).id, _disc_radius(p)) for p in workcell.props]
+        self._props = [
+            (self.model.body(p.name).id, _disc_radius(p)) for p in workcell.props if p.kind != "cloth"
+        ]
+        self._options = mujoco.MjvOption()
+        self._options.flags[int(mujoco.mjtVisFlag.mjVIS_FLEXEDGE)] = False
 
     def paint(self, qpos: np.ndarray) -> np.ndarray:
         model, data, renderer = self.model, self.data, self.renderer
@@ -117,7 +122,8 @@ class Painter:
         mujoco.mj_kinematics(model, data)
         mujoco.mj_comPos(model, data)  # places lights and cameras need
         mujoco.mj_camlight(model, data)
-        renderer.update_scene(data, CAMERA)
+        mujoco.mj_flex(model, data)
+        renderer.update_scene(data, CAMERA, self._options)
         scene = renderer.scene
         scene.flags[int(mujoco.mjtRndFlag.mjRND_SHADOW)] = not self.live
         scene.flags[int(mujoco.mjtRndFlag.mjRND_REFLECTION)] = False
@@ -174,10 +180,15 @@ def scenery(
     _set_quality(scene, width, height, live)
     _set_materials(asset)
     files = {"wood.png": png(wood()), "wall.png": png(plaster()), "floor.png": png(floorboards())}
+    files |= {
+        f"{prop.name}.png": png(pattern(prop.pattern)) for prop in workcell.props if prop.pattern != "plain"
+    }
     _add_room(asset, world)
     _add_table(world, workcell)
     for prop in workcell.props:
         _add_prop(asset, world, prop, segments=28 if live else 96)
+    for flex in scene.iter("flex"):
+        _dress(flex)
     _add_lights(world, live)
     right, down, _ = _camera_axes(workcell)
     view = workcell.front_camera
@@ -313,8 +324,36 @@ def _add_table(world: ET.Element, workcell: Workcell) -> None:
 
 def _add_prop(asset: ET.Element, world: ET.Element, prop: Prop, segments: int) -> None:
     body = next(b for b in world.findall("body") if b.get("name") == prop.name)
-    profile = cell.CUP if prop.kind == "cup" else cell.BOWL
-    vertices, faces = lathe(_outline(profile, fine=segments > 40), segments)
+    material = ET.SubElement(
+        asset,
+        "material",
+        name=prop.name,
+        rgba=f"{_text(prop.rgb)} 1",
+        specular="0" if prop.kind == "cloth" else "0.5",
+        shininess="0.6",
+        reflectance="0",
+    )
+    if prop.pattern != "plain":
+        ET.SubElement(asset, "texture", name=prop.name, type="2d", file=f"{prop.name}.png")
+        material.set("texture", prop.name)
+    looks = dict(contype="0", conaffinity="0", mass="0", group="2")
+    if prop.kind == "cloth":
+        middle, half = cloth.KNOB_HEIGHT / 2 - cloth.RADIUS, cloth.KNOB_HEIGHT / 2
+        ET.SubElement(
+            body,
+            "geom",
+            type="cylinder",
+            size=f"{cloth.KNOB_RADIUS} {half}",
+            pos=f"0 0 {middle}",
+            rgba="0.75 0.57 0.36 1",
+            **looks,
+        )
+        return
+    if prop.kind == "box":
+        size, pos = _text(cell.BOX), f"0 0 {cell.BOX[2]}"
+        ET.SubElement(body, "geom", type="box", size=size, pos=pos, material=prop.name, **looks)
+        return
+    vertices, faces = lathe(_outline(cell.PROFILES[prop.kind], fine=segments > 40), segments)
     ET.SubElement(
         asset,
         "mesh",
@@ -323,26 +362,14 @@ def _add_prop(asset: ET.Element, world: ET.Element, prop: Prop, segments: int) -
         face=" ".join(map(str, faces.ravel())),
         inertia="shell",
     )
-    ET.SubElement(
-        asset,
-        "material",
-        name=prop.name,
-        rgba=f"{_text(prop.rgb)} 1",
-        specular="0.5",
-        shininess="0.6",
-        reflectance="0",
-    )
-    ET.SubElement(
-        body,
-        "geom",
-        type="mesh",
-        mesh=prop.name,
-        material=prop.name,
-        contype="0",
-        conaffinity="0",
-        mass="0",
-        group="2",
-    )
+    ET.SubElement(body, "geom", type="mesh", mesh=prop.name, material=prop.name, **looks)
+
+
+def _dress(flex: ET.Element) -> None:
+    """The cloth's look: the material of its name, with the texture spread over it once."""
+    flex.set("material", flex.get("name"))
+    flex.set("texcoord", _text((cloth.grid(1.0)[:, :2] + 0.5).ravel()))
+    del flex.attrib["rgba"]
 
 
 def _add_lights(world: ET.Element, live: bool) -> None:
@@ -366,7 +393,7 @@ def _add_lights(world: ET.Element, live: bool) -> None:
 
 
 def _disc_radius(prop: Prop) -> float:
-    return (cell.CUP if prop.kind == "cup" else cell.BOWL)[0][1]
+    return cell.BOX[0] if prop.kind == "box" else cell.PROFILES[prop.kind][0][1]
 
 
 def _text(values) -> str:
@@ -377,8 +404,10 @@ def _text(values) -> str:
 
 
 def _outline(profile: tuple, fine: bool) -> np.ndarray:
-    """Closed section (radius, height) [n, 2]: up the outside, over a rounded rim, down the inside."""
+    """Closed section (radius, height) [n, 2]: up the outside, over a rounded rim, down any inside."""
     outer = [(0.0, 0.0)] + [(o, h) for h, o, _ in profile]
+    if not profile[-1][2]:
+        return np.array([*outer, (0.0, profile[-1][0])])
     inner = [(i, h) for h, _, i in reversed(profile[1:])] + [(0.0, profile[1][0])]
     height, out, inn = profile[-1]
     count = 6 if fine else 3
@@ -517,6 +546,18 @@ def floorboards(size: int = 256) -> np.ndarray:
     picture[:2] *= 0.8
     picture[:, :2] *= 0.8
     return _bytes(picture)
+
+
+def pattern(name: str, size: int = 256, cells: int = 6) -> np.ndarray:
+    """Rgb uint8 [size, size, 3] of a `config.workcell.Pattern`, light where the object's own colour shows."""
+    v, u = np.mgrid[0:size, 0:size] * cells / size
+    dark = {
+        "plain": np.zeros_like(u, bool),
+        "checked": (np.floor(u) + np.floor(v)) % 2 == 1,
+        "striped": u % 1 < 0.5,
+        "dotted": np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.25,
+    }[name]
+    return _bytes(np.repeat(np.where(dark, 0.45, 1.0)[..., None], 3, axis=2))
 
 
 def _bytes(picture: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import franky_sim.mujoco_simulator as franky_mujoco
 import numpy as np
 
 from config.workcell import Prop, Workcell
+from simulation import cloth
 
 # Gains of the arms' own position controller, Nm/rad and Nm s/rad: franky-sim's defaults make joint 7 chatter.
 KP = (4500.0, 4500.0, 3500.0, 3500.0, 500.0, 500.0, 300.0)
@@ -27,7 +28,11 @@ TABLE_THICKNESS = 0.04
 # hand.
 CUP = ((0.0, 0.029, 0.0), (0.004, 0.0295, 0.0265), (0.09, 0.036, 0.033))
 BOWL = ((0.0, 0.036, 0.0), (0.006, 0.042, 0.034), (0.022, 0.064, 0.058), (0.055, 0.080, 0.075))
-CUP_MASS, BOWL_MASS = 0.06, 0.25  # kg
+CAN = ((0.0, 0.033, 0.0), (0.08, 0.033, 0.0))
+JAR = ((0.0, 0.036, 0.0), (0.055, 0.036, 0.0), (0.067, 0.027, 0.0), (0.085, 0.027, 0.0))
+PROFILES = {"cup": CUP, "bowl": BOWL, "can": CAN, "jar": JAR}
+BOX = (0.03, 0.04, 0.035)  # m, half sizes
+MASS = {"cup": 0.06, "bowl": 0.25, "can": 0.3, "jar": 0.35, "box": 0.25}  # kg
 _WALL_BOXES = {"cup": 12, "bowl": 16}
 
 
@@ -93,12 +98,30 @@ def place_props(model, data, workcell: Workcell, seed: int) -> None:
     for prop in workcell.props:
         offset = random.uniform(-1.0, 1.0, 2) * workcell.props_jitter_xy
         yaw = random.uniform(-math.pi, math.pi)
-        joint = model.joint(f"{prop.name}_free")
-        qpos, qvel = int(joint.qposadr[0]), int(joint.dofadr[0])
-        data.qpos[qpos : qpos + 2] = np.add(prop.xy, offset)
-        data.qpos[qpos + 2] = workcell.table.centre_xyz[2] + 0.0005
-        data.qpos[qpos + 3 : qpos + 7] = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
-        data.qvel[qvel : qvel + 6] = 0.0
+        place_prop(model, data, prop, np.add(prop.xy, offset), yaw, workcell.table.centre_xyz[2])
+
+
+def place_prop(model, data, prop: Prop, xy: np.ndarray, yaw: float, table_z: float) -> None:
+    """Put one object at `xy` [2] m, turned by `yaw` rad, at rest on a table of height `table_z` m."""
+    joint = model.joint(f"{prop.name}_free")
+    qpos, qvel = int(joint.qposadr[0]), int(joint.dofadr[0])
+    xyz = np.array([*xy, table_z + 0.0005 + (cloth.RADIUS if prop.kind == "cloth" else 0.0)])
+    data.qpos[qpos : qpos + 3] = xyz
+    data.qpos[qpos + 3 : qpos + 7] = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
+    data.qvel[qvel : qvel + 6] = 0.0
+    if prop.kind == "cloth":
+        cloth.place(model, data, prop.name, prop.size_m, xyz, yaw)
+
+
+def top_points(kind: str) -> np.ndarray:
+    """Points [64, 3] m spread evenly over the top of an object that stands upright, from its base."""
+    k = np.arange(64)
+    if kind == "box":
+        x, y = BOX[0] * (k // 8 - 3.5) / 4, BOX[1] * (k % 8 - 3.5) / 4
+        return np.stack([x, y, np.full(64, 2 * BOX[2])], axis=1)
+    height, radius, _ = PROFILES[kind][-1]
+    r, angle = radius * np.sqrt((k + 0.5) / 64), k * math.pi * (3 - math.sqrt(5))  # a sunflower's seeds
+    return np.stack([r * np.cos(angle), r * np.sin(angle), np.full(64, height)], axis=1)
 
 
 def _add_table(sim, workcell: Workcell) -> None:
@@ -112,20 +135,22 @@ def _add_table(sim, workcell: Workcell) -> None:
         type="box",
         size=f"{size_x / 2} {size_y / 2} {TABLE_THICKNESS / 2}",
         friction="0.8 0.01 0.001",
+        contype=str(1 | cloth.TABLE_BIT),
+        conaffinity=str(1 | cloth.TABLE_BIT),
         group="3",
         rgba="0.6 0.45 0.3 1",
     )
 
 
 def _add_prop(sim, prop: Prop, workcell: Workcell) -> None:
+    top = workcell.table.centre_xyz[2]
     if prop.kind == "cloth":
-        raise ValueError(f"{prop.name}: cloth is not simulated (it does not reach real time beside two arms)")
-    profile, mass = (CUP, CUP_MASS) if prop.kind == "cup" else (BOWL, BOWL_MASS)
-    body = ET.SubElement(
-        sim.worldbody, "body", name=prop.name, pos=f"{prop.xy[0]} {prop.xy[1]} {workcell.table.centre_xyz[2]}"
-    )
+        cloth.add(sim.scene, prop.name, (*prop.xy, top + cloth.RADIUS), prop.size_m, prop.rgb)
+        return
+    body = ET.SubElement(sim.worldbody, "body", name=prop.name, pos=f"{prop.xy[0]} {prop.xy[1]} {top}")
     ET.SubElement(body, "freejoint", name=f"{prop.name}_free")
-    radius, height = profile[-1][1], profile[-1][0]
+    shapes, radius, height = _shapes(prop.kind)
+    mass = MASS[prop.kind]
     across = mass * (6 * radius**2 + height**2) / 12  # thin-walled cylinder
     ET.SubElement(
         body,
@@ -134,20 +159,36 @@ def _add_prop(sim, prop: Prop, workcell: Workcell) -> None:
         mass=str(mass),
         diaginertia=f"{across} {across} {mass * radius**2}",
     )
+    bits = str(1 | cloth.OBJECTS_BIT)
     common = dict(friction="1.2 0.02 0.001", condim="4", group="3", rgba=f"{' '.join(map(str, prop.rgb))} 1")
-    floor_height, floor_radius = profile[1][0], profile[1][2] + 0.002
-    ET.SubElement(
-        body,
-        "geom",
-        type="cylinder",
-        size=f"{floor_radius} {floor_height / 2}",
-        pos=f"0 0 {floor_height / 2}",
-        **common,
-    )
-    count = _WALL_BOXES[prop.kind]
-    for lower, upper in itertools.pairwise(profile[1:]):
-        for attributes in _wall(lower, upper, count):
-            ET.SubElement(body, "geom", type="box", **attributes, **common)
+    for shape in shapes:
+        ET.SubElement(body, "geom", **shape, **common, contype=bits, conaffinity=bits)
+
+
+def _shapes(kind: str) -> tuple[list[dict[str, str]], float, float]:
+    """What an object collides with, as MJCF geoms; its radius and height, m."""
+    if kind == "box":
+        x, y, z = BOX
+        return [dict(type="box", size=f"{x} {y} {z}", pos=f"0 0 {z}")], math.hypot(x, y), 2 * z
+    profile = PROFILES[kind]
+    if kind not in _WALL_BOXES:  # solid: a cylinder for each part
+        parts = [
+            dict(
+                type="cylinder",
+                size=f"{(lower[1] + upper[1]) / 2} {(upper[0] - lower[0]) / 2}",
+                pos=f"0 0 {(upper[0] + lower[0]) / 2}",
+            )
+            for lower, upper in itertools.pairwise(profile)
+        ]
+        return parts, profile[0][1], profile[-1][0]
+    height, radius = profile[1][0], profile[1][2] + 0.002
+    floor = dict(type="cylinder", size=f"{radius} {height / 2}", pos=f"0 0 {height / 2}")
+    walls = [
+        dict(type="box", **attributes)
+        for lower, upper in itertools.pairwise(profile[1:])
+        for attributes in _wall(lower, upper, _WALL_BOXES[kind])
+    ]
+    return [floor, *walls], profile[-1][1], profile[-1][0]
 
 
 def _wall(lower: tuple, upper: tuple, count: int) -> list[dict[str, str]]:

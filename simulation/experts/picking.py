@@ -13,16 +13,19 @@ import numpy as np
 
 from simulation.tasks.score import Thing
 from simulation.tasks.trial import Trial
-from simulation.workcell import BOWL
+from simulation.workcell import BOWL, top_points
 
 CUP_GRASP_M = 0.068  # of the fingertips above the cup's base: below the rim, above a cup it is nested in
 CUP_NEST_M = 0.037  # base of a nested cup above the base of the one below (the tapers meet)
+KNOB_GRASP_M = 0.022  # of the fingertips above the cloth's middle
 RIM_GRASP_M = 0.042  # of the fingertips above the bowl's base, across its rim
 LEAN_RAD = 0.7  # of the hand that holds the bowl
 SIDE_M = 0.02  # of the object from the held bowl's centre
 TURN_RAD_S = 0.6  # slow: near straight down the wrist has to turn far for a little lean
 CLEAR_M = 0.13  # of the carried object's base above the table
 GRASP_S, RELEASE_S = 0.28, 0.2
+KNOB_GRASP_S = 0.7  # the fingers have further to close than on a cup
+HANGING = 0.7  # how far the lifted cloth reaches below the fingers, as a share of its side
 TRIES = 4
 
 
@@ -71,7 +74,8 @@ def expert(world: World, rate_hz: float, random: np.random.Generator) -> Iterato
     """The trial's task, one pose an arm and control step."""
     task = world.trial.task
     if task.holder is None:
-        for pose in pick_and_put(world, rate_hz, random):
+        motion = cover if task.kind == "cover" else pick_and_put
+        for pose in motion(world, rate_hz, random):
             yield {task.arm: pose}
         return
     scene = Scene()
@@ -138,6 +142,43 @@ def pick_and_put(
             yield here
         down = goal() + _up(_rest_height(task.kind) + style.settle_m)
         here = yield from _go(here, replace(here, xyz=down), slow, rate_hz)
+        here = yield from _stay(replace(here, opening=1.0), RELEASE_S, rate_hz)
+        here = yield from _go(here, replace(here, xyz=here.xyz + _up(0.13)), fast, rate_hz)
+        if np.hypot(*(of(moved) - of(target))[:2]) < 0.05:
+            break
+    yield from _stay(here, 0.25, rate_hz)
+
+
+def cover(world: World, rate_hz: float, random: np.random.Generator) -> Iterator[Pose]:
+    """Lift the cloth by its knob until it hangs free, lower it over the target's middle, let go, retreat.
+
+    Ends when the knob came to lie over the target, or after `TRIES` grasps.
+    """
+    task, style = world.trial.task, Style.draw(random)
+    moved, target, arm = task.named("moved"), task.named("target"), task.arm
+    props = {prop.name: prop for prop in world.trial.workcell.props}
+    height = float(top_points(props[target].kind)[0, 2])
+    hanging = HANGING * props[moved].size_m
+    fast, slow = style.speed_m_s, 0.6 * style.speed_m_s
+    here = Pose(world.tcp(arm)[0])
+
+    def of(name: str) -> np.ndarray:
+        return world.things()[name].xyz
+
+    for _ in range(TRIES):
+        above = Pose(of(moved) + _up(KNOB_GRASP_M + style.approach_m), style.yaw_rad)
+        here = yield from _go(here, above, fast, rate_hz)
+        here = yield from _go(here, replace(here, xyz=of(moved) + _up(KNOB_GRASP_M)), slow, rate_hz)
+        here = yield from _stay(replace(here, opening=0.0), KNOB_GRASP_S, rate_hz)
+        carry = of(target)[2] + height + hanging + style.carry_m
+        here = yield from _go(here, replace(here, xyz=np.array([*here.xyz[:2], carry])), slow, rate_hz)
+        if of(moved)[2] < carry - 2 * KNOB_GRASP_M - 0.02:
+            here = replace(here, opening=1.0)
+            continue  # it slipped
+        goal = of(target) - (of(moved) - world.tcp(arm)[0])
+        here = yield from _go(here, replace(here, xyz=np.array([*goal[:2], carry])), fast, rate_hz)
+        goal = of(target) - (of(moved) - world.tcp(arm)[0]) + _up(height + style.settle_m)
+        here = yield from _go(here, replace(here, xyz=goal), slow, rate_hz)
         here = yield from _stay(replace(here, opening=1.0), RELEASE_S, rate_hz)
         here = yield from _go(here, replace(here, xyz=here.xyz + _up(0.13)), fast, rate_hz)
         if np.hypot(*(of(moved) - of(target))[:2]) < 0.05:

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from config.task import Task
+from simulation.cloth import coverage
 
 LIFTED_M = 0.03  # of the moved object's base above the table: it was grasped
 UPRIGHT = 0.94  # cosine of the tilt, 20 degrees
 RESTED_M_S = 0.03  # slower than this is at rest
-GRASPED = np.array([0.0, 0.0, 0.07])  # m, of a cup, from its base
+GRASPED = {"cup": np.array([0.0, 0.0, 0.07]), "cloth": np.array([0.0, 0.0, 0.02])}  # m, from its base
+COVERED = 0.8  # share of the object's top that lies under the cloth
 CLEAR_M = 0.06  # from the hand's tool centre point to the object's grasped part: released
 SETTLED_S = 0.5  # so long must everything hold
 # Height of the moved object's base above the target's, m: nested or on the rim; on the bowl's floor or rim.
 _HEIGHT = {"stack": (0.02, 0.10), "pick_place": (-0.01, 0.07), "place_in_bowl": (-0.01, 0.07)}
-_OFFSET = {"stack": 0.015, "pick_place": 0.05, "place_in_bowl": 0.05}  # m, between the axes
+_OFFSET = {"stack": 0.015, "pick_place": 0.05, "place_in_bowl": 0.05, "cover": 0.1}  # m, between the axes
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Thing:
     xyz: np.ndarray
     quat: np.ndarray
     velocity: np.ndarray
+    surface: np.ndarray | None = None  # of a cloth: its points [n, 3] m
 
     @property
     def up(self) -> float:
@@ -38,6 +41,7 @@ class Judge:
 
     task: Task
     table_z: float
+    target_top: np.ndarray | None = None  # [k, 3] m from the target's base, spread over its top; for cover
     partial: bool = False
     success: bool = False
     success_s: float | None = None
@@ -69,6 +73,8 @@ class Judge:
             self.success, self.success_s = True, time_s
 
     def _placed(self, moved: Thing, target: Thing, tcp_xyz: np.ndarray) -> bool:
+        if self.task.kind == "cover":
+            return self._covered(moved, target, tcp_xyz)
         low, high = _HEIGHT[self.task.kind]
         offset = moved.xyz - target.xyz
         upright = min(moved.up, target.up) > UPRIGHT if self.task.kind == "stack" else target.up > UPRIGHT
@@ -78,5 +84,27 @@ class Judge:
             and upright
             and np.linalg.norm(moved.velocity) < RESTED_M_S
             and np.linalg.norm(target.velocity) < RESTED_M_S
-            and np.linalg.norm(tcp_xyz - moved.xyz - GRASPED) > CLEAR_M
+            and np.linalg.norm(tcp_xyz - moved.xyz - GRASPED["cup"]) > CLEAR_M
         )
+
+    def _covered(self, moved: Thing, target: Thing, tcp_xyz: np.ndarray) -> bool:
+        """The cloth, let go and at rest, lies over `COVERED` of the top of the target, which still stands."""
+        return bool(
+            target.up > UPRIGHT
+            and np.linalg.norm(moved.velocity) < RESTED_M_S
+            and np.linalg.norm(target.velocity) < RESTED_M_S
+            and np.linalg.norm(tcp_xyz - moved.xyz - GRASPED["cloth"]) > CLEAR_M
+            and coverage(moved.surface, target.xyz + self.target_top @ turned(target.quat).T) >= COVERED
+        )
+
+
+def turned(quat: np.ndarray) -> np.ndarray:
+    """Rotation [3, 3] of a wxyz quaternion."""
+    w, x, y, z = quat
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )

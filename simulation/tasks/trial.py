@@ -40,11 +40,22 @@ def make_trial(task: Task, seed: int, split: str = "seen", template: int | None 
         words.append(colour.word)
         shades.append(colour.rgb)
     places = _places(random, task, [thing.region or choices.region for thing in task.objects])
+    looks = np.random.default_rng([seed, split == "unseen", 1])  # a stream of its own
+    shapes = iter(looks.permutation(len(choices.shapes)))
+    size_m = choices.cloth_sizes_m[looks.integers(len(choices.cloth_sizes_m))]
     props = tuple(
-        Prop(name=thing.name, kind=thing.kind, xy=tuple(map(float, place)), rgb=rgb)
+        Prop(
+            name=thing.name,
+            kind=thing.kind or choices.shapes[next(shapes)],
+            xy=tuple(map(float, place)),
+            rgb=rgb,
+            pattern=choices.patterns[looks.integers(len(choices.patterns))],
+            **({"size_m": size_m} if thing.kind == "cloth" else {}),
+        )
         for thing, place, rgb in zip(task.objects, places, shades, strict=True)
     )
     names = {thing.role: word for thing, word in zip(task.objects, words, strict=True)}
+    shape = next(prop.kind for prop in props if prop.name == task.named("target"))
     template = int(random.integers(len(task.instructions))) if template is None else template
     base = load(Workcell, task.workcell)
     return Trial(
@@ -53,7 +64,9 @@ def make_trial(task: Task, seed: int, split: str = "seen", template: int | None 
         split=split,
         workcell=base.model_copy(update={"props": props, "props_jitter_xy": (0.0, 0.0)}),
         yaws_rad=tuple(random.uniform(-math.pi, math.pi, len(props)).tolist()),
-        instruction=task.instructions[template].format(moved=names["moved"], target=names["target"]),
+        instruction=task.instructions[template].format(
+            moved=names["moved"], target=names["target"], shape=shape
+        ),
     )
 
 
