@@ -42,6 +42,7 @@ class Wanted:
     first_seed: int = 10_000
     split: str = "seen"
     seconds: float | None = None  # end every episode here, done or not
+    keep_flagged: bool = False  # through the nodes: do not record again what the recorder flags
 
     def trial(self, number: int):
         return make_trial(self.task, self.first_seed + number, self.split, template=None)

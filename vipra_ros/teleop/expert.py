@@ -6,6 +6,7 @@ that is what an operator has: teleop node with its soft start, arms, camera, rec
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -205,7 +206,8 @@ class Operator:
             recorder = self._values("recorder")
             text = "; ".join(filter(None, (f"{recorder['last_length_s']} s", recorder["last_findings"])))
             done = self._wanted.seconds is not None or judge.success
-            if done and (recorder["flagged"] == "false" or attempt):  # a busy machine stays busy
+            bad = recorder["flagged"] == "true" and not self._wanted.keep_flagged
+            if done and (not bad or attempt):  # a busy machine stays busy
                 self._keep()
                 tell(f"episode {number}: {text}")
                 return
@@ -225,17 +227,18 @@ class Operator:
         self._leaders.hold(start)
         self._monitor.set_task(trial.instruction, node="recorder")
         self._wait(lambda: self._monitor.newest_frame_s() > reset_s, "a picture of the new trial")
-        self._wait(lambda: float(self._values("teleop")["difference_rad"]) < 0.3, "the leaders")
-        self._monitor.call("/teleop/start", 15.0)
-        self._wait(lambda: self._state("teleop") != "ALIGNING", "the arms at their leaders")
-        self._monitor.call("/recorder/start", 15.0)
+        self._insist("/teleop/start")
+        self._wait(lambda: self._state("teleop") in ("FOLLOWING", "LOST"), "the arms at their leaders")
+        self._insist("/recorder/start")
         self._wait(lambda: self._state("recorder") == "RECORDING", "the recorder")
         world, rate_hz = LiveWorld(self._control, trial), self._leaders.rate_hz
         motion = _cut(lead(world, self._ik, rate_hz, random), world, rate_hz, wanted.seconds)
         self._leaders.play(motion, lambda: self._check("teleop", "recorder"))
         self._monitor.call("/recorder/stop", 15.0)
         self._leaders.play(_rest(world, self._leaders.held, round(SETTLE_S * rate_hz)), self._check)
-        self._wait(lambda: self._state("recorder") == "PENDING", "the recorded episode")
+        self._wait(lambda: self._state("recorder") in ("PENDING", "IDLE"), "the recorded episode")
+        if self._state("recorder") == "IDLE":
+            raise _Lost(f"recorder: {self._monitor.status('recorder').message}")
         return world.judge
 
     def _go_home(self) -> None:
@@ -245,11 +248,25 @@ class Operator:
         self._wait(lambda: self._state("arms") in ("IDLE", "HOLDING", *LATCHED), "the arms at rest")
         if self._state("arms") in LATCHED:
             self._wait(self._recovered, "recovery")
-        told = self._monitor.call("/arms/home", 15.0)
-        self._wait(
-            lambda: self._state("arms") in LATCHED or "at home" in self._monitor.status("arms").message,
-            f"the arms at home ({told})",
-        )
+        told, asked_s = self._monitor.call("/arms/home", 15.0), self._control.status()["time_s"]
+
+        def over() -> bool:
+            return float(self._values("arms")["time_s"]) > asked_s and self._state("arms") != "HOMING"
+
+        self._wait(over, f"the arms at home ({told})")
+
+    def _insist(self, service: str) -> None:
+        """Call until it is not refused: samples and pictures may be a moment late. Raises CallFailed."""
+        end_s = time.monotonic() + WAIT_S
+        while True:
+            try:
+                self._monitor.call(service, 15.0)
+                return
+            except CallFailed:
+                self._check()
+                if time.monotonic() > end_s:
+                    raise
+                time.sleep(0.3)
 
     def _recovered(self) -> bool:
         with contextlib.suppress(CallFailed):
