@@ -1,7 +1,9 @@
 """Labels survive a kill byte for byte, and pretraining reads them, learns from them, and hands on."""
 
 import dataclasses
+import functools
 import hashlib
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from config.dataset import DatasetConfig, Mixture
 from config.training import PretrainRecipe, TokenizerRecipe
@@ -137,6 +140,34 @@ def test_pretraining_learns_its_labels_and_hands_on_a_checkpoint(variant, made, 
     stage.export(tmp_path / "out", run, ranks)
     run.close()
     assert checkpoint.load(tmp_path / "out").config.action_heads == "none"
+
+
+def test_how_a_step_is_computed_changes_no_loss(made, ranks, tmp_path, monkeypatch):
+    """Micro-batches, packed rows, recomputed layers (with dropout too) and compiled ones: one loss curve."""
+    write(made, tmp_path / "labels", ranks)
+    traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # inductor needs minutes
+    monkeypatch.setattr(nn.Module, "compile", traced)
+
+    def curve(**changes) -> list[float]:
+        fields = {**COMMON, "steps": 3, "log_every": 1, "labels": str(tmp_path / "labels"), **changes}
+        plan = PretrainRecipe(stage="pretrain", tokenizer=str(made.tokenizer), validation_share=0, **fields)
+        run = Run(tmp_path / str(changes), plan)
+        stage = pretrain.build(plan, ranks, run)
+        assert loop.train(stage, plan, run, ranks, stage.samples())
+        run.close()
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)[key] for line in lines for key in ("loss", "gradient_norm")]
+
+    plain, dropped = curve(), curve(dropout=0.1)
+    for changes in ({"micro_batch": 2}, {"pack": 500}, {"compile": True}):
+        assert curve(**changes) == pytest.approx(plain, rel=1e-4), changes
+    assert curve(dropout=0.1, activation_checkpointing=True) == pytest.approx(dropped, rel=1e-6)
+    assert dropped != pytest.approx(plain, rel=1e-4)
+
+
+def test_rows_too_short_for_one_sequence_are_refused(made):
+    with pytest.raises(TrainingError, match="pack: 100 is less than one sequence can have, 2"):
+        pretrain.Pretrain(PretrainRecipe(stage="pretrain", tokenizer=str(made.tokenizer), pack=100, **COMMON))
 
 
 def test_labels_of_another_tokenizer_are_refused(made, ranks, tmp_path):
