@@ -60,10 +60,19 @@ def running(slot, *arguments, **keywords):
         simulator.end()
 
 
-def connect(host: str) -> franky.Robot:
-    robot = franky.Robot(host, realtime_config=franky.RealtimeConfig.Ignore)
-    robot.relative_dynamics_factor = 0.2
-    return robot
+def connect(host: str, patience_s: float = 5.0) -> franky.Robot:
+    """A connection; tried again while the arm may not have noticed yet that its last client is gone."""
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            robot = franky.Robot(host, realtime_config=franky.RealtimeConfig.Ignore)
+        except franky.NetworkException:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
+        else:
+            robot.relative_dynamics_factor = 0.2
+            return robot
 
 
 def move(robot: franky.Robot, q, attempts: int = 5) -> None:

@@ -112,7 +112,7 @@ def test_error_flags_sit_where_libfranka_reads_them(simulator, error):
 def test_a_second_client_of_an_arm_is_turned_away(simulator):
     robot = _recovered(simulator, "left")
     with pytest.raises(franky.NetworkException):
-        connect(simulator.hosts["left"])
+        connect(simulator.hosts["left"], patience_s=0.0)
     _small_motion(robot, -0.02)
 
 
@@ -137,10 +137,13 @@ def test_a_silent_robot_freezes_its_time_and_its_arm_stops(simulator):
     before = robot.state.time.to_sec()
     wait_for(lambda: robot.state.time.to_sec() > before)
     simulator.control.fault("left", "silent")
-    time.sleep(0.05)  # what is on its way arrives
-    frozen = robot.state.time.to_sec()
-    time.sleep(0.2)
-    assert robot.state.time.to_sec() == frozen
+
+    def frozen() -> bool:  # once what is on its way has arrived
+        since = robot.state.time.to_sec()
+        time.sleep(0.2)
+        return robot.state.time.to_sec() == since
+
+    wait_for(frozen)
     wait_for(lambda: simulator.arm("left")["reflex"] == "communication_constraints_violation")
     with pytest.raises(franky.NetworkException):  # libfranka gives up after a second
         wait_for(lambda: not robot.is_in_control)
@@ -155,9 +158,10 @@ def test_a_silent_robot_freezes_its_time_and_its_arm_stops(simulator):
 def test_a_frozen_state_keeps_its_time_running_but_not_its_joints(simulator):
     robot = _recovered(simulator, "left")
     simulator.control.fault("left", "freeze_state")
-    time.sleep(0.05)
-    q, t = np.array(robot.state.q), robot.state.time.to_sec()
-    wait_for(lambda: robot.state.time.to_sec() > t + 0.1)
+    t = robot.state.time.to_sec()
+    wait_for(lambda: robot.state.time.to_sec() > t + 0.05)  # sent after the fault
+    q = np.array(robot.state.q)
+    wait_for(lambda: robot.state.time.to_sec() > t + 0.15)
     np.testing.assert_array_equal(robot.state.q, q)
     simulator.control.clear_fault("left")
 

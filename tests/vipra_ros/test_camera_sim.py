@@ -11,6 +11,7 @@ from sensor_msgs.msg import CameraInfo, Image
 
 from config.loading import load
 from config.workcell import Workcell
+from simulation.state import SharedState
 from tests.vipra_ros.graph import Graph
 from vipra_ros.cameras.sim import SimSource
 from vipra_ros.cameras.source import CameraError
@@ -77,7 +78,9 @@ def test_a_still_scene_is_not_a_frozen_camera_and_ros_time_is_published(simulato
     graph.drop(node)
 
 
-def test_a_simulator_that_is_not_there_is_named():
+def test_a_simulator_that_is_not_there_is_named(monkeypatch):
+    attach = SharedState.attach
+    monkeypatch.setattr(SharedState, "attach", lambda name: attach(name, 0.1))
     source = SimSource(load(Workcell, "bimanual"), "no_such_simulator", 160, 90, 10.0, MonotonicClock())
     with pytest.raises(CameraError, match="no_such_simulator"):
         source.open()

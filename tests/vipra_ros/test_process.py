@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,14 @@ def alive(pid):
         return False
 
 
-def gone(pid, timeout_s=10.0):
+def gone(pid, timeout_s=30.0):
     return wait_for(lambda: not alive(pid), timeout_s, f"end of {pid}")
 
 
 def test_output_shows_readiness(tmp_path):
     worker = child(tmp_path, "import time; print('ready now'); time.sleep(60)")
     try:
-        assert wait_for(lambda: worker.find(r"^ready (\w+)"), 10, "worker", [worker]).group(1) == "now"
+        assert wait_for(lambda: worker.find(r"^ready (\w+)"), 30, "worker", [worker]).group(1) == "now"
         worker.check()
     finally:
         worker.stop()
@@ -51,14 +50,14 @@ def test_output_shows_readiness(tmp_path):
 def test_death_is_reported_with_the_end_of_the_log(tmp_path):
     worker = child(tmp_path, "import sys; sys.exit('no such camera')")
     with pytest.raises(ProcessError, match=r"exit status 1(.|\n)*no such camera"):
-        wait_for(lambda: False, 10, "worker", [worker])
+        wait_for(lambda: False, 30, "worker", [worker])
 
 
 def test_killed_child_is_reported_by_signal(tmp_path):
     worker = child(tmp_path, "import time; time.sleep(60)")
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(ProcessError, match="SIGKILL"):
-        wait_for(lambda: False, 10, "worker", [worker])
+        wait_for(lambda: False, 30, "worker", [worker])
 
 
 def test_waiting_ends_with_what_was_waited_for(tmp_path):
@@ -69,7 +68,7 @@ def test_waiting_ends_with_what_was_waited_for(tmp_path):
 def test_stop_interrupts_first(tmp_path):
     code = "import time\nprint('up')\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('held the arms')"
     worker = child(tmp_path, code)
-    wait_for(lambda: worker.find("up"), 10, "worker", [worker])
+    wait_for(lambda: worker.find("up"), 30, "worker", [worker])
     assert worker.stop() == 0
     assert worker.find("held the arms")
 
@@ -84,8 +83,8 @@ def test_stop_escalates_to_kill_and_takes_the_whole_group(tmp_path):
         f"print(p.pid); {stubborn}"
     )
     worker = child(tmp_path, code)
-    grandchild = int(wait_for(lambda: worker.find(r"^(\d+)$"), 10, "worker", [worker]).group(1))
-    wait_for(lambda: worker.log.read_text().count("up") == 2, 10, "both up", [worker])
+    grandchild = int(wait_for(lambda: worker.find(r"^(\d+)$"), 30, "worker", [worker]).group(1))
+    wait_for(lambda: worker.log.read_text().count("up") == 2, 30, "both up", [worker])
     assert worker.stop(interrupt_s=0.2, terminate_s=0.2) == -signal.SIGKILL
     gone(grandchild)
 
@@ -114,7 +113,7 @@ def test_children_do_not_outlive_their_launcher(tmp_path, end):
     )
     worker = int(parent.stdout.readline())
     parent.send_signal(end)
-    parent.wait(10)
+    parent.wait(30)
     gone(worker)
 
 
@@ -136,7 +135,7 @@ def test_any_module_can_be_run_so_that_it_ends_with_its_parent(tmp_path):
     worker, argument = parent.stdout.readline().split()
     assert argument == "here"
     parent.terminate()
-    parent.wait(10)
+    parent.wait(30)
     gone(int(worker))
 
 
@@ -146,10 +145,8 @@ def test_interrupt_reaches_a_child_of_a_launcher_that_ignores_it(tmp_path):
         worker = child(tmp_path, "import time; print('up'); time.sleep(60)")
     finally:
         signal.signal(signal.SIGINT, old)
-    wait_for(lambda: worker.find("up"), 10, "worker", [worker])
-    began = time.monotonic()
-    worker.stop()
-    assert time.monotonic() - began < 5  # the interrupt was enough
+    wait_for(lambda: worker.find("up"), 30, "worker", [worker])
+    assert worker.stop(60) == -signal.SIGINT  # the interrupt was enough
 
 
 def test_two_runs_share_nothing():
