@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import gc
 import logging
-import math
 import os
 import signal
 import sys
@@ -26,13 +25,14 @@ from franky_sim.franka_robot_protocol import RobotMode
 from config.loading import ConfigError, load
 from config.task import Task
 from config.workcell import Workcell
+from simulation import cloth
 from simulation.arm import TICK, Arm
 from simulation.control import ControlServer
 from simulation.record import Recorder
 from simulation.robot import ERRORS, ArmServer, Faults
 from simulation.state import Facts, StateError, StateWriter
 from simulation.tasks.trial import make_trial
-from simulation.workcell import build, place_props, signature, strip_visuals
+from simulation.workcell import build, place_prop, place_props, signature, strip_visuals
 
 PATIENT_FROM = 5  # commands owed from which each further tick waits
 PATIENCE = 0.01  # s; a dead client is still found out after 20 ticks, 0.15 s of wall time
@@ -188,7 +188,7 @@ class Simulator:
     def clear(self) -> dict:
         """Objects to the floor behind the arms, until the next reset: a person who clears the table."""
         for number, prop in enumerate(self.workcell.props):
-            self._set_pose(prop.name, (-2.0, 0.4 * number, 0.0005), 0.0)
+            place_prop(self.sim.model, self.sim.data, prop, np.array([-2.0, 0.4 * number]), 0.0, 0.0)
         return self._settle()
 
     def _place(self, seed: int, split: str) -> None:
@@ -197,18 +197,12 @@ class Simulator:
             place_props(model, data, self.workcell, seed)
             return
         trial = make_trial(self.task, seed, split)
-        if _shapes(trial.workcell) != _shapes(self.workcell):
+        if trial.workcell.shapes != self.workcell.shapes:
             raise ValueError(
                 f"{split} {seed} has objects of other shapes: start a simulator with --seed {seed}"
             )
         for prop, yaw in zip(trial.workcell.props, trial.yaws_rad, strict=True):
-            self._set_pose(prop.name, (*prop.xy, trial.workcell.table.centre_xyz[2] + 0.0005), yaw)
-
-    def _set_pose(self, prop: str, xyz: tuple[float, float, float], yaw_rad: float) -> None:
-        joint, data = self.sim.model.joint(f"{prop}_free"), self.sim.data
-        at, speed = int(joint.qposadr[0]), int(joint.dofadr[0])
-        data.qpos[at : at + 7] = (*xyz, math.cos(yaw_rad / 2), 0.0, 0.0, math.sin(yaw_rad / 2))
-        data.qvel[speed : speed + 6] = 0.0
+            place_prop(model, data, prop, np.array(prop.xy), yaw, trial.workcell.table.centre_xyz[2])
 
     def _settle(self) -> dict:
         self.sim.data.qacc_warmstart[:] = 0.0
@@ -216,7 +210,7 @@ class Simulator:
         return {"time_s": self.time_s}
 
     def truth(self) -> dict:
-        """Poses as the physics knows them: m, rad, wxyz quaternions, world frame."""
+        """Poses as the physics knows them: m, rad, wxyz quaternions, world frame; a cloth's surface too."""
         data = self.sim.data
         objects = {}
         for prop in self.workcell.props:
@@ -227,6 +221,9 @@ class Simulator:
                 "quaternion": body.xquat.tolist(),
                 "velocity": velocity.tolist(),
             }
+            if prop.kind == "cloth":
+                points = cloth.surface(self.sim.model, data, prop.name)
+                objects[prop.name]["surface"] = points.tolist()
         arms = {}
         for name, robot, arm in zip(self.arms, self.sim.robots, self.arms.values(), strict=True):
             q, dq = robot.joints()
@@ -357,11 +354,6 @@ def run(options: Options) -> None:
     finally:
         control.close()
         simulator.close()
-
-
-def _shapes(workcell: Workcell) -> list[dict]:
-    """What cannot change while the physics runs."""
-    return [prop.model_dump(exclude={"xy", "rgb", "pattern"}) for prop in workcell.props]
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from simulation.control import SimulationControl, SimulationError
 from simulation.state import StateError
 from simulation.tasks.score import Judge, Thing
 from simulation.tasks.trial import Trial, make_trial
-from simulation.workcell import HAND_WIDTH
+from simulation.workcell import HAND_WIDTH, top_points
 from vipra_ros import bringup
 from vipra_ros.clock import ClockStopped, SimulatedClock
 from vipra_ros.evaluation import smoothness
@@ -312,7 +312,9 @@ def _counts(cell: Cell) -> dict:
 
 def judge_of(trial: Trial) -> Judge:
     """Fed with truth it scores the trial."""
-    return Judge(trial.task, trial.workcell.table.centre_xyz[2])
+    target = trial.task.named("target")
+    kind = next(prop.kind for prop in trial.workcell.props if prop.name == target)
+    return Judge(trial.task, trial.workcell.table.centre_xyz[2], top_points(kind))
 
 
 def things(truth: dict) -> dict[str, Thing]:
@@ -322,6 +324,7 @@ def things(truth: dict) -> dict[str, Thing]:
             np.array(thing["position"]),
             np.array(thing["quaternion"]),
             np.array(thing["velocity"][:3]),
+            np.array(thing["surface"]) if "surface" in thing else None,
         )
         for name, thing in truth["objects"].items()
     }
