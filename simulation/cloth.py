@@ -1,10 +1,10 @@
 """A square cloth as MuJoCo simulates it, and how much of an object it covers.
 
-A grid of point masses joined by a flex of triangles whose edges keep their lengths. Points carry spheres that
-touch only the table and the triangles touch only objects, which takes a fifth of the contacts of a flex that
-lies on a table itself; neither touches the hand or itself. Two rigid fingers cannot pinch a grid this coarse,
-so a wooden knob is sewn to its middle, which they hold by friction alone. The edges keep their lengths by
-constraints, and bending resists by the flex's elasticity.
+A grid of point masses joined by a flex of triangles: edges keep their lengths by constraints, bending
+resists by the flex's elasticity. Points carry spheres that touch only the table and the triangles touch
+only objects, which takes a fifth of the contacts of a flex that lies on a table itself; neither touches
+the hand or itself. Two rigid fingers cannot pinch a grid this coarse, so a wooden knob on a stiff patch
+(five points) is sewn to its middle, which they hold by friction alone.
 """
 
 import xml.etree.ElementTree as ET
@@ -20,6 +20,7 @@ KNOB_RADIUS, KNOB_HEIGHT, KNOB_MASS = 0.009, 0.034, 0.012  # m, m, kg
 OBJECTS_BIT, TABLE_BIT = 2, 4  # collision groups beside MuJoCo's default 1
 SAG_M = 0.025  # below the object's top, where the cloth still counts as over it
 _MIDDLE = GRID * GRID // 2
+_SEWN = (_MIDDLE, _MIDDLE - 1, _MIDDLE + 1, _MIDDLE - GRID, _MIDDLE + GRID)  # points that move with the knob
 
 
 def grid(size_m: float) -> np.ndarray:
@@ -42,41 +43,45 @@ def triangles() -> np.ndarray:
 def add(scene: ET.Element, name: str, xyz: tuple[float, float, float], size_m: float, rgb) -> None:
     """The cloth flat with its middle at `xyz`, to an MJCF scene of the workcell.
 
-    Body `name` with joint `name`_free is the knob, whose origin is the cloth's middle; the other points are
-    bodies `name`_0, ... with three slides each, first the points, in order, then the knob.
+    Body `name` with joint `name`_free is the knob, whose origin is the cloth's middle; each point that
+    is not sewn to it is a body `name`_0, ... with three slides.
     """
     world = scene.find("worldbody")
     mass = AREA_MASS * size_m**2 / GRID**2
+    flat = grid(size_m)
+    sewn = np.isin(np.arange(len(flat)), _SEWN)
+    knob = ET.SubElement(world, "body", name=name, pos=_text(xyz))
+    ET.SubElement(knob, "freejoint", name=f"{name}_free")
     bodies = []
-    for k, point in enumerate(np.add(grid(size_m), xyz)):
-        bodies.append(name if k == _MIDDLE else f"{name}_{k}")
-        if k == _MIDDLE:
-            continue
-        body = ET.SubElement(world, "body", name=bodies[-1], pos=_text(point))
-        ET.SubElement(body, "inertial", pos="0 0 0", mass=f"{mass:.8f}", diaginertia="1e-8 1e-8 1e-8")
-        for axis in ("1 0 0", "0 1 0", "0 0 1"):
-            ET.SubElement(body, "joint", type="slide", axis=axis)
+    for k, point in enumerate(flat):
+        bodies.append(name if sewn[k] else f"{name}_{k}")
+        body = knob
+        if not sewn[k]:
+            body = ET.SubElement(world, "body", name=bodies[-1], pos=_text(point + xyz))
+            ET.SubElement(body, "inertial", pos="0 0 0", mass=f"{mass:.8f}", diaginertia="1e-8 1e-8 1e-8")
+            for axis in ("1 0 0", "0 1 0", "0 0 1"):
+                ET.SubElement(body, "joint", type="slide", axis=axis)
         ET.SubElement(
             body,
             "geom",
             type="sphere",
             size=str(RADIUS),
+            pos=_text(point) if sewn[k] else "0 0 0",
             contype=str(TABLE_BIT),
             conaffinity=str(TABLE_BIT),
             friction="0.5 0.01 0.001",
             priority="1",
             group="3",
         )
-    knob = ET.SubElement(world, "body", name=name, pos=_text(xyz))
-    ET.SubElement(knob, "freejoint", name=f"{name}_free")
     middle, half = KNOB_HEIGHT / 2 - RADIUS, KNOB_HEIGHT / 2
     across = KNOB_MASS * (3 * KNOB_RADIUS**2 + KNOB_HEIGHT**2) / 12
+    patch = 2 * mass * (size_m / (GRID - 1)) ** 2  # kg m2, of the four points round the middle
     ET.SubElement(
         knob,
         "inertial",
         pos=f"0 0 {middle}",
-        mass=str(KNOB_MASS),
-        diaginertia=f"{across} {across} {KNOB_MASS * KNOB_RADIUS**2 / 2}",
+        mass=str(KNOB_MASS + len(_SEWN) * mass),
+        diaginertia=_text((across + patch, across + patch, KNOB_MASS * KNOB_RADIUS**2 / 2 + 2 * patch)),
     )
     ET.SubElement(
         knob,
@@ -98,6 +103,7 @@ def add(scene: ET.Element, name: str, xyz: tuple[float, float, float], size_m: f
         dim="2",
         radius=str(RADIUS),
         body=" ".join(bodies),
+        vertex=_text((flat * sewn[:, None]).ravel()),
         element=" ".join(map(str, triangles().ravel())),
         rgba=f"{_text(rgb)} 1",
     )
@@ -132,7 +138,7 @@ def place(model, data, name: str, size_m: float, xyz: np.ndarray, yaw: float) ->
     c, s = np.cos(yaw), np.sin(yaw)
     points = np.asarray(xyz) + grid(size_m) @ np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]])
     for k, point in enumerate(points):
-        if k == _MIDDLE:
+        if k in _SEWN:
             continue
         body = model.body(f"{name}_{k}")
         joint = int(body.jntadr[0])
