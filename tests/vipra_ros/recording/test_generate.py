@@ -1,0 +1,85 @@
+"""One trial recorded through the nodes and one made by the fast generator are demonstrations of one kind."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from config.loading import load
+from config.robot import Robot
+from config.safety import Safety
+from episodes.demonstration import ACTION, CAMERA, CAPTURE, STATE, SYNC
+from episodes.reader import Dataset
+from vipra_ros.teleop.expert import watching_hands
+
+SECONDS = 2.5  # of each
+
+
+def generate(folder, name: str, *options: str) -> Dataset:
+    argv = [sys.executable, "-P", "-m", "vipra_ros.cli", "dataset", "generate", "stack_cups", name]
+    argv += ["--episodes", "1", "--seconds", str(SECONDS), *options]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return Dataset(folder / name)
+
+
+def lag_s(data: Dataset) -> float:
+    """By which the joints follow the reference: middle of all frames in motion that are well synchronised."""
+    t, error = data.values(0, CAPTURE).ravel(), data.values(0, SYNC).ravel()
+    state, action = (data.values(0, key)[:, :7].astype(float) for key in (STATE, ACTION))
+    new = np.append(True, np.diff(t) > 0)
+    t, error, state, action = t[new], error[new], state[new], action[new]
+    speed = np.gradient(action, t, axis=0)
+    moving = (np.linalg.norm(speed, axis=1) > 0.2) & (error <= np.quantile(error, 0.75))
+    along = (speed * (action - state)).sum(1)[moving] / (speed**2).sum(1)[moving]
+    return float(np.median(along))
+
+
+@pytest.mark.timeout(900)
+def test_the_fast_generator_writes_what_the_recorder_writes(tmp_path):
+    live = generate(tmp_path, "live", "--real-path")
+    fast = generate(tmp_path, "fast", "--workers", "1")
+    assert live.info["features"] == fast.info["features"]
+    assert (live.fps, live.info["robot_type"]) == (fast.fps, fast.info["robot_type"]) == (15, "franka_single")
+    assert live.names(ACTION) == fast.names(ACTION) and live.rows[0].tasks == fast.rows[0].tasks
+    joints = load(Safety, load(Robot, "sim_single").safety).joints
+    low, high = np.array(joints.position_min_rad), np.array(joints.position_max_rad)
+    for data in (live, fast):
+        state, action = data.values(0, STATE), data.values(0, ACTION)
+        assert SECONDS * 15 - 3 <= len(state) <= SECONDS * 15 + 15  # a busy machine ends it late
+        assert (state[:, :7] > low).all() and (state[:, :7] < high).all()
+        assert (action[:, :7] > low).all() and (action[:, :7] < high).all()
+        hand = np.concatenate([state[:, 7], action[:, 7]])
+        assert hand.min() >= 0 and hand.max() <= 1
+        assert np.ptp(action[:, :7], axis=0).max() > 0.1 and np.abs(action - state)[:, :7].max() < 0.1
+        assert np.median(np.diff(data.values(0, CAPTURE).ravel())) == pytest.approx(1 / 15, abs=0.005)
+        assert -0.01 < lag_s(data) < 0.04
+    # the same trial: on the table, in front of the arm, places and colours are the same
+    pictures = [data.frames(0, CAMERA, [0])[0][230:].astype(int) for data in (live, fast)]
+    assert (np.abs(pictures[0] - pictures[1]).max(-1) > 40).mean() < 0.002
+
+
+class Hand:
+    """A world whose hand begins to move some samples after it was told."""
+
+    arms = ("right",)
+
+    def __init__(self, late: int):
+        self._left = late
+
+    def opening(self, arm: str) -> float:
+        self._left -= 1
+        return 1.0 if self._left > 0 else 0.8
+
+
+def test_the_arm_waits_for_a_hand_that_was_told_to_move():
+    def at(x, opening):
+        return {"right": np.full(7, x)}, {"right": opening}
+
+    told = [at(0.0, 1.0), at(0.1, 1.0), at(0.1, 0.0), at(0.1, 0.0), at(0.2, 0.0), at(0.3, 0.0)]
+    seen = list(watching_hands(told, Hand(5), 25.0))
+    positions = [float(joints["right"][0]) for joints, _ in seen]
+    assert positions == [0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3]
+    stuck = list(watching_hands(told, Hand(10_000), 25.0))  # a hand that does nothing is not waited for long
+    assert len(told) + 29 <= len(stuck) <= len(told) + 31 and stuck[-1] == told[-1]
