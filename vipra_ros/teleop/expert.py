@@ -25,6 +25,7 @@ from episodes.reader import Dataset
 from simulation.control import SimulationControl
 from simulation.demonstrate import SETTLE_S, lead
 from simulation.experts.ik import HandIK
+from simulation.lockstep import judge_for
 from simulation.tasks.score import Judge, Thing
 from simulation.tasks.trial import Trial
 from simulation.workcell import HAND_WIDTH
@@ -49,7 +50,7 @@ class LiveWorld:
 
     def __init__(self, control: SimulationControl, trial: Trial):
         self.trial, self.arms = trial, tuple(trial.workcell.arms)
-        self.judge = Judge(trial.task, trial.workcell.table.centre_xyz[2])
+        self.judge = judge_for(trial)
         self._control = control
         self.refresh()
 
