@@ -15,7 +15,7 @@ from tests.machine import StallMeter
 from vipra_ros.process import Slot, reserve_slot
 
 LIVE = ("tests/benchmarks/", "tests/policy_server/", "tests/simulation/", "tests/vipra_ros/")
-CALM_S, PATIENCE_S = 3.0, 60.0  # calm before another attempt, and how long that is waited for
+CALM_S, PATIENCE_S = 3.0, 30.0  # calm before another attempt, and how long that is waited for
 
 _session = reserve_slot()
 os.environ.setdefault("ROS_DOMAIN_ID", str(_session.domain))

@@ -1,7 +1,7 @@
 """Each script runs at its smallest and writes the rows it promises. No time is judged."""
 
+import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,19 +128,17 @@ def test_on_a_gpu_no_step_starts_that_might_not_end_in_time(tmp_path, monkeypatc
 
 def test_a_step_that_is_stopped_takes_along_what_it_started(tmp_path, monkeypatch):
     child = tmp_path / "child"
-    code = (
-        "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']);"
-        f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
-    )
-    monkeypatch.setattr(gpu, "command", lambda *_: [sys.executable, "-c", code])
+    code = f"sleep 60 & echo $! > {child}; wait"
+    monkeypatch.setattr(gpu, "command", lambda *_: ["sh", "-c", code])
     arguments = SimpleNamespace(out=tmp_path)
-    assert gpu.run(gpu.STEPS[1], arguments, 3.0, tmp_path / "site") == "stopped after 3 s"
-    state = Path(f"/proc/{child.read_text()}/stat")
-    for _ in range(100):  # killed; gone or waiting to be reaped
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.02)
-    raise AssertionError("the child of a stopped step still runs")
+    assert gpu.run(gpu.STEPS[1], arguments, 2.0, tmp_path / "site") == "stopped after 2 s"
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone
+        for _ in range(500):
+            if state.read_text().rpartition(")")[2].split()[0] == "Z":  # waits to be reaped
+                return
+            time.sleep(0.02)
+        raise AssertionError("the child of a stopped step still runs")
 
 
 def test_targets_are_read_from_results():

@@ -187,7 +187,7 @@ def up(slot, tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_behind(up, end):
     process, marker, log = up
     wait_for(lambda: len(processes_with(marker)) == 5, 20, "vipra, simulator, camera, arms, policy")

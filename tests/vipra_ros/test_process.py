@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vipra_ros.process import (
     free_port,
     port_is_free,
     reserve_slot,
+    signals_raise,
     stop_all,
     wait_for,
 )
@@ -147,6 +149,18 @@ def test_interrupt_reaches_a_child_of_a_launcher_that_ignores_it(tmp_path):
         signal.signal(signal.SIGINT, old)
     wait_for(lambda: worker.find("up"), 30, "worker", [worker])
     assert worker.stop(60) == -signal.SIGINT  # the interrupt was enough
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_interrupts_and_the_next_do_not_disturb_the_end(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), signals_raise():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), number)  # in the middle of stopping
+    assert signal.getsignal(number) == before
 
 
 def test_two_runs_share_nothing():
