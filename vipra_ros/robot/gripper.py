@@ -149,7 +149,7 @@ class GripperWorker:
                 _ABANDONED.append((gripper, future))
         succeeded = future.get()
         self._width = gripper.state.width
-        self._moving = None
         self._fault = "" if succeeded or wish == "close" else f"{wish} was not carried out"
         if wish == "close":
             self._grasped = bool(succeeded) and self._width > limits.grasped_width_m
+        self._moving = None  # last: whoever sees it end sees what came of it
