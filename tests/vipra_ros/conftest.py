@@ -157,17 +157,23 @@ class Cell:
             self.call("stop")
             self.wait_state("STOPPED", "FAULT")
         if self.state in ("STOPPING", "STOPPED", "FAULT", "RECOVERING"):
-            self.answer = ""
-            self.wait(self._recovered, "recovery")
+            self.recover()
         self.wait_state("IDLE", "HOLDING")
         self.wait(lambda: np.abs(self.measured()[1]).max() < 0.02, "rest")
         if np.abs(self.measured()[0] - HOMES).max() > 0.3:
             self.wait(lambda: self.call("home")[0], "home accepted")
             self.wait(lambda: self.state == "IDLE" and "at home" in self.reason, "home", 40)
 
-    def _recovered(self) -> bool:
-        done, self.answer = self.call("recover")
-        return done
+    def recover(self) -> str:
+        """The answer, once it is done: as long as the arms still swing it is refused."""
+        self.answer = ""
+
+        def recovered() -> bool:
+            done, self.answer = self.call("recover")
+            return done
+
+        self.wait(recovered, "recovery")
+        return self.answer
 
     @contextlib.contextmanager
     def record(self):
@@ -197,10 +203,13 @@ class Commander:
 
     def __init__(self, cell: Cell, lease: str):
         self.cell, self.lease, self.seq = cell, lease, 0
+        self._sending = threading.Lock()  # a stream's thread, and the test
 
     def send(self, joints, grippers, t0: float, rate: float = RATE, **change) -> int:
-        """One chunk, `joints` [H, 14] rad, `grippers` [H, 2]. `change` spoils it: tag, names, arms."""
-        seq, self.seq = self.seq, self.seq + 1
+        """One chunk, `joints` [H, 14] rad, `grippers` [H, 2]. `change` spoils it: tag, names, arms, skip."""
+        with self._sending:
+            seq = self.seq + change.get("skip", 0)
+            self.seq = seq + 1
         sec, nanosec = to_stamp(t0)
         for i, arm in enumerate(ARMS):
             if arm not in change.get("arms", ARMS):

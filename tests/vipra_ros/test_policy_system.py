@@ -1,5 +1,6 @@
 """Every part at once: simulator, camera, arms, policy node and policy server; and losing one at a time."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from simulation.control import SimulationControl
 from vipra_ros import bringup
-from vipra_ros.monitor import Monitor
+from vipra_ros.monitor import CallFailed, Monitor
 from vipra_ros.process import Child, free_port, reserve_slot, wait_for
 
 
@@ -95,12 +96,20 @@ def test_lost_camera_and_server_hold_the_arms_until_they_return_and_a_stop_needs
         def moving() -> None:
             until("RUNNING", ("RUNNING",))
             now = accepted()
-            wait_for(lambda: accepted() >= now + 3, 30, "chunks", list(system.children.values()))
+            wait_for(lambda: accepted() >= now + 3, 60, "chunks", list(system.children.values()))
+
+        def call(service: str) -> None:
+            def done() -> bool:
+                with contextlib.suppress(CallFailed):  # it may not have heard yet what we have
+                    return bool(monitor.call(service, 30.0))
+                return False
+
+            wait_for(done, 60, service)
 
         wait_for(
             lambda: value("arms", "state") == "IDLE" and monitor.frames_per_second(), 60, "arms and camera"
         )
-        monitor.call("/policy/start", 30.0)
+        call("/policy/start")
         moving()
 
         system.kill("camera")
@@ -115,9 +124,9 @@ def test_lost_camera_and_server_hold_the_arms_until_they_return_and_a_stop_needs
 
         monitor.call("/arms/stop", 10.0)
         until("STOPPED", ("STOPPED",), "/arms/recover")
-        monitor.call("/arms/recover", 20.0)
+        call("/arms/recover")
         until("STOPPED", ("IDLE",))
-        monitor.call("/policy/start", 30.0)
+        call("/policy/start")
         moving()
 
         monitor.call("/policy/stop", 10.0)
