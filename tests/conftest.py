@@ -14,7 +14,10 @@ from _pytest.runner import runtestprotocol
 from tests.machine import StallMeter
 from vipra_ros.process import Slot, reserve_slot
 
-LIVE = ("tests/benchmarks/", "tests/policy_server/", "tests/simulation/", "tests/vipra_ros/")
+LIVE = (
+    *("tests/benchmarks/", "tests/policy_server/", "tests/simulation/", "tests/training/test_loop.py"),
+    "tests/vipra_ros/",
+)
 CALM_S, PATIENCE_S = 3.0, 30.0  # calm before another attempt, and how long that is waited for
 
 _session = reserve_slot()
