@@ -117,8 +117,14 @@ class Rig:
     def wait_state(self, *states: str) -> None:
         wait_for(lambda: self.value("state") in states, 15, f"{states}, not {self.reason}", poll_s=0.01)
 
+    def wait_at(self, joints: np.ndarray) -> None:
+        def there() -> bool:
+            return self.arms.chunks and np.abs(self.arms.chunks[-1][1].joints[-1] - joints).max() < 0.005
+
+        wait_for(there, 20, "there")
+
     def wait_let_go(self, count: int) -> None:
-        wait_for(lambda: self.arms.let_go == count and not self.arms.lease.holder, 10, "let go")
+        wait_for(lambda: self.arms.let_go == count and not self.arms.lease.holder, 20, "let go")
 
 
 @pytest.fixture
@@ -140,19 +146,19 @@ def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
     rig.gello.joints = {arm: HOME + 0.05 for arm in ARMS}
     rig.gello.opening["left"] = 0.25
     there = np.tile(HOME + 0.05, 2)
-    wait_for(lambda: np.abs(rig.arms.chunks[-1][1].joints[-1] - there).max() < 0.003, 10, "there")
-    wait_for(lambda: np.allclose(rig.arms.chunks[-1][1].grippers[-1], [0.25, 1.0]), 10, "hand")
+    rig.wait_at(there)
+    wait_for(lambda: np.allclose(rig.arms.chunks[-1][1].grippers[-1], [0.25, 1.0]), 20, "hand")
     accepted, chunk = rig.arms.chunks[-1]
     assert chunk.t0 < accepted < chunk.end and chunk.rate_hz == pytest.approx(25.0)
     assert rig.call("pause") == (True, "paused: ~/start or ~/pause couples again")
     rig.wait_let_go(1)
     rig.wait_state("PAUSED")
     rig.gello.joints = {arm: HOME + 0.4 for arm in ARMS}
-    wait_for(lambda: float(rig.value("difference_rad")) > 0.35, 10, "the leader gone")
+    wait_for(lambda: float(rig.value("difference_rad")) > 0.35, 20, "the leader gone")
     done, text = rig.call("pause")
     assert not done and "rad from its leader, limit 0.3" in text and rig.value("state") == "PAUSED"
     rig.gello.joints = {arm: HOME.copy() for arm in ARMS}
-    wait_for(lambda: rig.call("pause")[0], 10, "coupled again")
+    wait_for(lambda: rig.call("pause")[0], 20, "coupled again")
     rig.wait_state("FOLLOWING")
     assert rig.call("stop")[0]
     rig.wait_let_go(2)
@@ -176,7 +182,7 @@ def test_a_silent_leader_a_jump_and_nan_let_the_arms_go_and_need_a_new_start(rig
         assert text in rig.reason
         rig.wait_let_go(count)
         rig.gello.running, rig.gello.joints["right"] = True, HOME.copy()
-        wait_for(lambda: rig.value("leaders") == "left ok, right ok", 10, "leaders")
+        wait_for(lambda: rig.value("leaders") == "left ok, right ok", 20, "leaders")
         sent = len(rig.arms.messages)
         time.sleep(0.2)
         assert len(rig.arms.messages) == sent and rig.value("state") == "LOST"
@@ -214,7 +220,7 @@ def test_faults_and_refusals_of_the_arms_end_it_with_their_reason(rig):
 
 def test_another_holder_keeps_the_arms(rig):
     rig.graph.do(lambda: rig.arms.lease.acquire(time.monotonic() + 30.0))
-    wait_for(lambda: "another commander holds the lease" in rig.call("start")[1], 10, "the refusal")
+    wait_for(lambda: "another commander holds the lease" in rig.call("start")[1], 20, "the refusal")
     assert rig.value("state") == "OFF" and not rig.arms.chunks
 
 
@@ -244,12 +250,12 @@ def test_servos_lead_and_an_unplugged_port_lets_go_with_its_reason(tmp_path):
         rig.wait_state("FOLLOWING")
         right.counts = counts(HOME + 0.1)
         there = np.hstack([HOME, HOME + 0.1])
-        wait_for(lambda: np.abs(rig.arms.chunks[-1][1].joints[-1] - there).max() < 0.005, 10, "there")
+        rig.wait_at(there)
         right.unplug()
         rig.wait_state("LOST")
         rig.wait_let_go(1)
         assert "right leader lost" in rig.reason
-        wait_for(lambda: "no such device" in rig.call("start")[1], 10, "the cause")
+        wait_for(lambda: "no such device" in rig.call("start")[1], 20, "the cause")
         right.counts = counts(HOME)
         right.plug()
         rig.start()
