@@ -107,6 +107,8 @@ class Terminal:
         except Exception as error:
             error.add_note(self.said)
             raise
+        if self._process.poll() is not None:  # its last words may not have been read yet
+            self._thread.join(20)
         assert heard(), self.said
 
     def end(self) -> int:
