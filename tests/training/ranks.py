@@ -10,7 +10,7 @@ import torch
 
 def forked(count: int, work: Callable[[], None], timeout_s: float = 100) -> list[int]:
     """Run `work` in `count` processes with torchrun's environment; their exit codes (-9: killed). The caller
-    must hold no process group.
+    must hold no process group, and autograd's threads do not survive a fork: nothing may train.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

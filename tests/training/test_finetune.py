@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from config.dataset import DatasetConfig
+from config.dataset import DatasetConfig, Mixture
 from config.embodiment import Embodiment
 from config.loading import ConfigError
 from config.training import FinetuneRecipe, Lora, TokenizerRecipe, load_recipe
@@ -22,9 +22,12 @@ from models.policy import Policy
 from models.tokenizer import Tokenizer
 from models.vqgan import VQGAN
 from policy_server.engine import Engine, Request
-from training import distributed, finetune, loop, start
+from tests.training.data import made
+from training import distributed, estimate, finetune, loop, start
 from training.actions import Corpus, Demonstration, chunk
+from training.data import index
 from training.data.augment import prepare
+from training.data.episode import DataError
 from training.data.loader import collate
 from training.data.open import open_dataset
 from training.finetune import Finetune, shared_prefix_loss
@@ -321,6 +324,104 @@ def test_a_predicted_frame_before_the_actions_trains_and_is_not_served(
     stage.export(tmp_path / "out", run, ranks)
     with pytest.raises(CheckpointError, match=r"\+SP3: before each chunk it draws a frame of 16 tokens"):
         checkpoint.load(tmp_path / "out", serving=True)
+
+
+def test_augmentation_changes_both_frames_of_a_pair_alike_and_nothing_held_out(
+    ranks, frame_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(index, "cache_folder", lambda: tmp_path / "cache")
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(ROBOT.model_dump(mode="json")))
+    data = {"datasets": [{"path": str(made.bridge(tmp_path / "data"))}], "validation_share": 0.3}
+    measured = {}
+    for name, augmentation in {"plain": None, "augmented": {}}.items():
+        plan = recipe(
+            frame_tokenizer, data=data, embodiment=str(tmp_path / "robot.yaml"), steps=1,
+            augmentation=augmentation, optimizer={"learning_rate": 1e-12},
+        )  # fmt: skip
+        run = Run(tmp_path / name, plan)
+        stage = finetune.build(plan, ranks, run)
+        samples = stage.samples()
+        assert loop.train(stage, plan, run, ranks, samples)
+        run.close()
+        measured[name] = run.last()
+    assert measured["plain"]["loss"] != measured["augmented"]["loss"]
+    for key in ("validation/loss", "validation/action_mse"):
+        assert measured["plain"][key] == measured["augmented"][key]
+    seen = [samples[n] for n in range(30)]
+    first = [s["frames"] for s in seen if s["frame"] == 0]  # there o_{t-1} is o_t
+    assert first and all((pair[0] == pair[1]).all() for pair in first)
+    episodes = [f"0/{samples.readers[0].key(i)}" for i in range(4)]
+    for sample in seen:
+        plain = samples.read(0, episodes.index(sample["key"]), int(sample["frame"]))["frames"]
+        assert (plain != sample["frames"]).any((1, 2, 3)).all()
+
+
+def test_episodes_with_actions_that_are_not_numbers_are_skipped_and_said(
+    ranks, frame_tokenizer, tmp_path, monkeypatch
+):
+    actions = made.actions
+
+    def broken(episode):
+        values = actions(episode)
+        values[4, 2] = np.nan if episode == 1 else values[4, 2]
+        return values
+
+    monkeypatch.setattr(made, "actions", broken)
+    data = {"datasets": [{"path": str(made.bridge(tmp_path / "data", 3))}]}
+    vqgan, said = start.open_start(frame_tokenizer).vqgan(), []
+    log = SimpleNamespace(say=said.append, track=lambda items, _: items)
+    train, _ = finetune.read_corpus(Mixture(**data), ROBOT, vqgan, ranks, log)
+    assert list(train.episodes) == [(0, 0), (0, 2)] and len(said) == 1
+    assert "action of frame 4 is not finite" in said[0]
+    with pytest.raises(DataError, match="not finite"):
+        finetune.read_corpus(Mixture(**data, on_error="raise"), ROBOT, vqgan, ranks, log)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rate_hz": 10.0}, "recorded at 5 Hz, embodiment bridge says 10 Hz"),
+        ({"dimensions": ROBOT.dimensions[1:]}, r"actions are \[10, 7\], embodiment bridge has 6 dimensions"),
+    ],
+)
+def test_demonstrations_of_another_rate_or_size_are_refused(change, says, ranks, tmp_path):
+    mixture = Mixture(datasets=[{"path": str(made.bridge(tmp_path / "data"))}])
+    log = SimpleNamespace(track=lambda items, _: items)
+    with pytest.raises(TrainingError, match=says):
+        finetune.read_corpus(mixture, ROBOT.model_copy(update=change), None, ranks, log)
+
+
+def test_starts_and_tokenizers_of_another_model_are_refused(frame_tokenizer):
+    with pytest.raises(TrainingError, match="is a small, the recipe is for model vipra_tiny"):
+        start.parts(recipe("", model="vipra_tiny", start=frame_tokenizer))
+    with pytest.raises(TrainingError, match="4x4 codes of 64, model vipra_tiny needs 8x8 of 512"):
+        start.parts(recipe(frame_tokenizer, model="vipra_tiny"))
+    with pytest.raises(TrainingError, match="no frame tokenizer: give --start CHECKPOINT, or --tokenizer"):
+        start.parts(recipe(""))
+
+
+def test_instructions_may_be_empty_and_in_any_writing_but_not_too_long(ranks, frame_tokenizer, tmp_path):
+    words = ("", "把红色杯子叠起来", "ضع الكوب جانبًا", "🤖 pick")
+    demos = [dataclasses.replace(demonstration(seed=i), instruction=w) for i, w in enumerate(words)]
+    stage, run = trained(recipe(frame_tokenizer), ranks, tmp_path, *demos)
+    assert np.isfinite(run.last()["loss"]) and len({tuple(stage.prompts(w)) for w in words}) == 4
+    with pytest.raises(
+        TrainingError, match=r"is \d+ tokens with its prompt, the model takes 128: shorten it"
+    ):
+        stage.prompts("杯" * 100)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_the_estimate_of_weights_and_optimiser_is_what_they_take(lora, ranks, frame_tokenizer):
+    plan = recipe(frame_tokenizer, lora=lora, precision="bfloat16" if lora else "float32")
+    stage = stage_for(plan, demonstration())
+    planned = estimate.memory(stage, plan, 1, 0)
+    optimizer = loop.set_up(stage, plan, ranks)
+    batch = collate([stage.samples()[n] for n in range(4)])
+    loop.optimise(stage, plan, ranks, optimizer, batch, 1)
+    moments = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
+    assert planned["optimiser"] == sum(t.nbytes for t in moments) == 2 * planned["gradients"]
+    assert planned["weights"] == sum(p.nbytes for p in stage.module.parameters())
 
 
 @pytest.mark.skipif(not LEROBOT.is_dir(), reason="needs ../shared/data/lerobot_v3_video")

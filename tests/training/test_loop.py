@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import typer
 
 from training import cli, distributed
-from training.run import TrainingError
+from training.run import Run, TrainingError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -38,7 +39,7 @@ def script(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
         head += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*head, str(HERE / "toy.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=ROOT)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -140,3 +141,20 @@ def test_another_configuration_is_refused_in_the_same_folder(tmp_path):
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="micro_batch"):
         toy.train(toy.Toy(), toy.recipe(1), None, distributed.Ranks(0, 3, torch.device("cpu"), None), None)
+
+
+def test_weights_and_biases_gets_the_run_where_it_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is optional: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = Run(tmp_path, toy.recipe(2), wandb=True)
+    run.log(1, {"loss": 0.5, "samples_per_s": 1.0})
+    run.picture(1, "frame", np.zeros((8, 8, 3), np.uint8))
+    run.close()
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert written.stat().st_size > 0
+
+
+def test_weights_and_biases_is_asked_for_by_name_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainingError, match="pip install wandb"):
+        Run(tmp_path, toy.recipe(2), wandb=True)
