@@ -138,17 +138,21 @@ def play_shard(folder: Path, task: str, embodiment: str, seeds: range) -> Path:
         trial = make_trial(what, seed, template=None)
         demonstrator = demonstrator or Demonstrator(trial, load(Embodiment, embodiment).rate_hz)
         played.append(play(trial, demonstrator, names))
+    write_shard(path, played)
+    return path
+
+
+def write_shard(path: Path, played: list[Played]) -> None:
     partial = path.with_suffix(".partial.npz")
     np.savez_compressed(
         partial,
-        task=np.array(task),
-        seeds=np.array(seeds),
+        task=np.array(played[0].task),
+        seeds=np.array([p.seed for p in played]),
         success=np.array([p.success for p in played]),
         lengths=np.array([len(p.qpos) for p in played]),
         **{key: _packed(np.concatenate([getattr(p, key) for p in played])) for key in _COLUMNS},
     )
     os.replace(partial, path)
-    return path
 
 
 _COLUMNS = ("qpos", "state", "action", "hands")

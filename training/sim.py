@@ -1,0 +1,388 @@
+"""vipra_sim from nothing: scripted trials, tokens, pretraining, finetuning, Scratch, trials, comparison.
+
+    python -m training.sim --out runs/train-sim                (make train-sim)
+    python -m training.sim --only gate                         one step; --minutes 9: at most so long each
+
+Every step is a command a user would type, or says so. What is finished stays; a step that was cut off, by a
+kill or by --minutes, goes on when this is run again (exit status 75: not finished). Steps that draw or play
+(states, videos, demonstrations, choose, evaluate) need a renderer, the others torch: they may run on
+different machines over the same folder. docs/vipra_sim.md has the commands for a rented GPU.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from config.training import VALIDATION_SHARE
+from training.run import TrainingError, summary
+
+TASK = "stack_cups"
+# Trials of the seen split: none of the seeds that policies are evaluated on (below 100,000).
+VIDEOS = (("stack_cups", 100_000, 0.7), ("pick_place", 120_000, 0.3))  # task, first seed, share
+DEMONSTRATIONS = 200_000  # first seed
+SPARE = 1.2  # trials played for a demonstration: failures are left out
+DEVELOPMENT = (300_000, 20)  # seeds that choose a checkpoint: first, count
+PAIRED = "1000:1200"  # seeds of the comparison with Scratch
+STRIDES = (2, 4)  # of stage 1, frames at 15 Hz
+LABEL_STRIDE = 2  # 14 steps are 1.9 s
+CHECKPOINTS = (0.5, 0.65, 0.8, 1.0)  # of the steps of stage 3, to choose from
+PROBE_STEPS = {"cpu": 400, "cuda": 4000}
+WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}  # pictures were cut when they were drawn
+VARIANTS = {"policy": (), "scratch": (), "bidirectional": ("chunk_attention=bidirectional",)}
+UNFINISHED = 75  # exit status, EX_TEMPFAIL
+PATIENCE_S = 120.0  # for a stopped step to save
+
+
+class OutOfTime(Exception):
+    """A step has had its minutes; run again to go on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for. Folders lie in `out`."""
+
+    out: Path
+    videos: int
+    demonstrations: int
+    size: int | None
+    workers: int
+    minutes: float | None
+    changes: tuple[str, ...] = ()
+    ignore_gate: bool = False
+
+    def run(self, module: str, *arguments: object) -> None:
+        """A command of this project. Raises OutOfTime, TrainingError when it fails."""
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        print("$", " ".join(command[1:]), flush=True)
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            code = process.wait(self.minutes * 60 if self.minutes else None)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not its workers: training saves first
+            process.wait(PATIENCE_S)
+            raise OutOfTime(f"{module} {arguments[0]}: {self.minutes:g} minutes are over") from None
+        finally:
+            _end(process)
+        if code:
+            raise TrainingError(f"{' '.join(command[1:4])} .. ended with status {code}: see above, run again")
+
+    def sets(self, stage: str, *more: str) -> list[str]:
+        asked = [text.partition(".")[2] for text in self.changes if text.startswith(f"{stage}.")]
+        return [item for change in (*more, *asked) for item in ("--set", change)]
+
+    def data(self, *strides: int) -> str:
+        sets = [{"path": str(self.out / "videos"), "stride": stride} for stride in strides]
+        return f"data={json.dumps({'datasets': sets, 'validation_share': VALIDATION_SHARE})}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """What is left of a step's processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def done(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+# --- steps
+
+
+def states(plan: Plan) -> None:
+    for task, first, share in VIDEOS:
+        _play(plan, task, first, round(share * plan.videos), "videos")
+    _play(plan, TASK, DEMONSTRATIONS, round(SPARE * plan.demonstrations), "demonstrations")
+
+
+def _play(plan: Plan, task: str, first: int, count: int, which: str) -> None:
+    place = ["--out", plan.out / "states" / which]
+    what = ["--task", task, "--first-seed", first, "--episodes", count]
+    plan.run("training.scripted", "--workers", plan.workers, "play", *what, *place)
+
+
+def videos(plan: Plan) -> None:
+    _film(plan, "videos")
+
+
+def demonstrations(plan: Plan) -> None:
+    _film(plan, "demonstrations", "--actions", "--episodes", plan.demonstrations)
+
+
+def _film(plan: Plan, which: str, *options: object) -> None:
+    size = ["--size", plan.size] if plan.size else []
+    place = ["film", plan.out / "states" / which, "--out", plan.out / which]
+    plan.run("training.scripted", "--workers", plan.workers, *place, *options, *size)
+
+
+def train(plan: Plan, stage: str, name: str, *options: object, changes: tuple[str, ...] = ()) -> None:
+    if done(plan.out / name):
+        return
+    place = ["--out", plan.out / name, "--run", plan.out / "runs" / stage]
+    plan.run("vipra_ros.cli", "train", stage, f"{stage}_sim", *place, *options, *plan.sets(stage, *changes))
+
+
+def tokenizer(plan: Plan) -> None:
+    train(plan, "tokenizer", "tokenizer", changes=(plan.data(1),))
+
+
+def gate(plan: Plan) -> None:
+    """Measure what the tokens hold, once a tokenizer. Raises TrainingError where it is too little."""
+    path = plan.out / "gate.json"
+    if not path.is_file():
+        import torch
+
+        from config.dataset import DatasetConfig
+        from training import gate as probes
+        from training.start import open_start
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        start = open_start(plan.out / "tokenizer")
+        data = DatasetConfig(path=str(plan.out / "videos"))
+        probes.run(start.vqgan(device), data, VALIDATION_SHARE, PROBE_STEPS[device], device, path)
+    check_gate(path, plan.ignore_gate)
+
+
+def check_gate(path: Path, ignore: bool) -> None:
+    """Raises TrainingError unless the tokens hold hand and cups to within the limit, or `ignore`."""
+    if not path.is_file():
+        raise TrainingError(f"{path} is missing: run --only gate first")
+    found = json.loads(path.read_text())
+    text = ", ".join(f"{name} {off:.1f}" for name, off in found["tokens_mm"].items())
+    if found["passed"]:
+        print(f"gate passed: mm off, read from tokens: {text}")
+        return
+    pixels = ", ".join(f"{name} {off:.1f}" for name, off in found["pixels_mm"].items())
+    limit = found["limit_mm"]
+    problem = f"gate: tokens hold places to {text} mm, the limit is {limit:g} mm (from pixels: {pixels})"
+    if not ignore:
+        raise TrainingError(
+            f"{problem}: train the tokenizer longer (delete tokenizer/, runs/tokenizer/ and gate.json), or "
+            "give --ignore-gate"
+        )
+    print(f"GATE FAILED, going on as asked: {problem}", flush=True)
+
+
+def latent(plan: Plan) -> None:
+    train(plan, "latent", "latent", changes=(plan.data(*STRIDES),))
+
+
+def labels(plan: Plan) -> None:
+    check_gate(plan.out / "gate.json", plan.ignore_gate)
+    mixture = plan.out / "label.yaml"
+    sets = [{"path": str(plan.out / "videos"), "stride": LABEL_STRIDE}]
+    mixture.write_text(yaml.safe_dump({"datasets": sets}))
+    models = ["--latent", plan.out / "latent", "--tokenizer", plan.out / "tokenizer"]
+    if not done(plan.out / "labels"):
+        plan.run("vipra_ros.cli", "label", "--mixture", mixture, *models, "--out", plan.out / "labels")
+
+
+def pretrain(plan: Plan) -> None:
+    sources = ["--labels", plan.out / "labels", "--tokenizer", plan.out / "tokenizer"]
+    train(plan, "pretrain", "pretrained", *sources)
+
+
+def finetune(plan: Plan) -> None:
+    _act(plan, "policy", "--start", plan.out / "pretrained")
+
+
+def scratch(plan: Plan) -> None:
+    """The same demonstrations, steps and augmentation, without stages 1 and 2."""
+    _act(plan, "scratch", "--tokenizer", plan.out / "tokenizer")
+
+
+def bidirectional(plan: Plan) -> None:
+    """Ablation: actions of a chunk see each other."""
+    _act(plan, "bidirectional", "--start", plan.out / "pretrained")
+
+
+def _act(plan: Plan, name: str, *options: object) -> None:
+    """One run, exported at several steps."""
+    check_gate(plan.out / "gate.json", plan.ignore_gate)
+    sets = [{"path": str(plan.out / "demonstrations"), "crop": WHOLE}]
+    data = f"data={json.dumps({'datasets': sets, 'validation_share': 0.05})}"
+    for steps in checkpoints(plan):
+        folder = plan.out / "choices" / f"{name}-{steps:06d}"
+        if not done(folder):
+            place = ["--out", folder, "--run", plan.out / "runs" / name]
+            changes = plan.sets("finetune", data, *VARIANTS[name])
+            what = [
+                "train",
+                "finetune",
+                "finetune_sim",
+                *place,
+                *options,
+                *changes,
+                "--set",
+                f"steps={steps}",
+            ]
+            plan.run("vipra_ros.cli", *what)
+
+
+def checkpoints(plan: Plan) -> list[int]:
+    """Steps of stage 3 after which a checkpoint is exported."""
+    from config.training import load_recipe
+
+    asked = [text.partition(".")[2] for text in plan.changes if text.startswith("finetune.")]
+    total = load_recipe("finetune_sim", asked).steps
+    return sorted({max(round(share * total), 1) for share in CHECKPOINTS})
+
+
+def choose(plan: Plan) -> None:
+    """The checkpoint of each run with the most successes on the development seeds, then the most partial
+    ones, then the earliest.
+    """
+    first, count = DEVELOPMENT
+    for name in VARIANTS:
+        folders = sorted((plan.out / "choices").glob(f"{name}-*"))
+        if done(plan.out / name) or not folders:
+            continue
+        rates = []
+        for folder in folders:
+            report = plan.out / "development" / folder.name
+            _evaluate(plan, folder, f"{first}:{first + count}", report)
+            rates.append(_report(report))
+        best = max(
+            range(len(folders)), key=lambda i: (rates[i]["success_rate"], rates[i]["partial_rate"], -i)
+        )
+        partial = plan.out / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folders[best], partial)
+        partial.rename(plan.out / name)
+
+
+def evaluate(plan: Plan) -> None:
+    """Paired trials in lockstep, and McNemar's test."""
+    for name in ("policy", "scratch"):
+        _evaluate(plan, plan.out / name, PAIRED, plan.out / "evaluation" / name)
+    folder = plan.out / "evaluation"
+    compared = ["--compare", folder / "policy", folder / "scratch"]
+    plan.run("vipra_ros.cli", "evaluate", *compared, "--out", folder / "comparison")
+
+
+def _evaluate(plan: Plan, policy: Path, seeds: str, out: Path) -> None:
+    what = [TASK, "--policy", policy.resolve(), "--seeds", seeds, "--out", out, "--no-video"]
+    plan.run("vipra_ros.cli", "evaluate", *what)
+
+
+def _report(folder: Path) -> dict:
+    path = folder / "report.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def summarise(plan: Plan) -> None:
+    """summary.json and curves.png of what there is so far."""
+    found: dict = {"gate": None}
+    if (plan.out / "gate.json").is_file():
+        found["gate"] = json.loads((plan.out / "gate.json").read_text())
+    for run in sorted((plan.out / "runs").glob("*")):
+        found[run.name] = summary(run)[1]
+    keys = ("success_rate", "partial_rate", "interval95")
+    for kind in ("development", "evaluation"):
+        reports = {f.name: _report(f) for f in sorted((plan.out / kind).glob("*"))}
+        found[kind] = {name: {k: r.get(k) for k in keys} for name, r in reports.items() if r}
+    comparison = plan.out / "evaluation" / "comparison" / "comparison.json"
+    if comparison.is_file():
+        found["comparison"] = json.loads(comparison.read_text())
+    (plan.out / "summary.json").write_text(json.dumps(found, indent=1))
+    curves(plan.out)
+    print(json.dumps(found, indent=1))
+
+
+def curves(out: Path) -> None:
+    """curves.png: training and held-out losses of every run, and development success by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = sorted(path.parent for path in (out / "runs").glob("*/metrics.jsonl"))
+    figure, axes = plt.subplots(1, len(runs) + 1, figsize=(4 * len(runs) + 4, 3.2), squeeze=False)
+    for axis, run in zip(axes[0], runs, strict=False):
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for key in ("loss", "validation/loss", "validation/l1"):
+            points = [(e["step"], e[key]) for e in entries if key in e]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key)
+        axis.set(title=run.name, xlabel="steps", yscale="log")
+        axis.legend()
+    last = axes[0][-1]
+    for report in sorted((out / "development").glob("*-*/report.json")):
+        name, _, step = report.parent.name.rpartition("-")
+        rate = json.loads(report.read_text())["success_rate"]
+        last.plot(int(step), rate, "o", color={"policy": "C0", "scratch": "C1"}.get(name, "C2"))
+    last.set(title="success, development seeds", xlabel="steps", ylim=(0, 1))
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+STEPS: dict[str, Callable[[Plan], None]] = {
+    "states": states,
+    "videos": videos,
+    "tokenizer": tokenizer,
+    "gate": gate,
+    "latent": latent,
+    "labels": labels,
+    "pretrain": pretrain,
+    "demonstrations": demonstrations,
+    "finetune": finetune,
+    "scratch": scratch,
+    "bidirectional": bidirectional,
+    "choose": choose,
+    "evaluate": evaluate,
+    "summary": summarise,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/train-sim"), help="folder of everything")
+    parser.add_argument("--only", nargs="+", choices=STEPS, help="these steps; default: all, in this order")
+    parser.add_argument("--minutes", type=float, help="most time for one command of a step")
+    parser.add_argument("--ignore-gate", action="store_true", help="go on with tokens that fail the gate")
+    parser.add_argument("--videos", type=int, default=2000, help="trials of the actionless videos")
+    parser.add_argument("--demonstrations", type=int, default=200, help="at most 200 for the comparison")
+    parser.add_argument(
+        "--size", type=int, help="px of the pictures kept; default: the camera's, 96: small enough to carry"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that play and draw"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="e.g. finetune.steps=500"
+    )
+    given = parser.parse_args()
+    plan = Plan(
+        given.out.resolve(), given.videos, given.demonstrations, given.size, given.workers, given.minutes,
+        tuple(given.set), given.ignore_gate,
+    )  # fmt: skip
+    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in given.only or STEPS:
+            print(f"== {name}", flush=True)
+            STEPS[name](plan)
+    except OutOfTime as reason:
+        print(f"{reason}: run again to go on", file=sys.stderr)
+        return UNFINISHED
+    except TrainingError as error:
+        print(f"vipra_sim: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
