@@ -33,7 +33,7 @@ from vipra_ros.evaluation.ledger import Key, Ledger, Result, Void, run_trials
 from vipra_ros.evaluation.live import LATCHED, SAMPLE_HZ, GraphRig, at, resample
 from vipra_ros.evaluation.server import Server, in_a_line
 from vipra_ros.monitor import CallFailed, Monitor
-from vipra_ros.process import ProcessError, Slot, reserve_slot, wait_for
+from vipra_ros.process import Child, ProcessError, Slot, reserve_slot, wait_for
 from vipra_ros.recording.replay import Replayer
 from vipra_ros.up import wait_ready
 
@@ -55,7 +55,7 @@ class Cell:
     def __init__(self, robot: str, changes: dict, folder: Path, tell: Callable[[str], None]):
         self._robot_name, self._changes, self._folder, self._tell = robot, changes, folder, tell
         self._resources = contextlib.ExitStack()
-        self._children = []
+        self._children: list[Child] = []
         self.robot: Robot | None = None
 
     def set(self, trial: Trial) -> None:
@@ -139,6 +139,12 @@ class Cell:
         """A value of the arms' newest status."""
         return self.monitor.status("arms").values[value]
 
+    @property
+    def at_rest(self) -> bool:
+        """Neither policy nor arms are at it any more."""
+        policy = self.monitor.status("policy").values["state"]
+        return policy in ("IDLE", "STOPPED") and self.arms("state") not in ("RUNNING", "ALIGNING")
+
     def check(self) -> None:
         """Raises ProcessError when one of the processes ended."""
         for child in self._children:
@@ -206,6 +212,7 @@ def run(
                 cell.set(trial)
                 return play_trial(cell, server, trial, ledger, limit_s)
             except FAILURES as error:
+                server.check()  # the cause, where it is that
                 raise Void(in_a_line(error)) from error
 
         def repair() -> None:
@@ -251,7 +258,7 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
             clock.sleep_until(due)
         factor = (clock.now() - started) / (time.monotonic() - wall)
         rig.stop()
-        wait_for(lambda: cell.arms("state") not in ("RUNNING", "ALIGNING"), PATIENCE_S, "arms at rest")
+        wait_for(lambda: cell.at_rest, PATIENCE_S, "policy and arms at rest")
         after = _counts(cell)
         joints, told = rig.finish(ledger.file(key, ".jpg"))
     except BaseException:

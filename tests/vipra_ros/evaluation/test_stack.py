@@ -1,4 +1,4 @@
-"""One command evaluates the whole stack: trials, a server that dies, Ctrl-C, and nothing left running."""
+"""One command evaluates the whole stack, through a reflex, a server's death and Ctrl-C."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ import pytest
 
 from config.loading import load
 from config.task import Task
+from simulation.control import SimulationControl
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluation.compare import compare
 from vipra_ros.evaluation.ledger import Key, Ledger
@@ -65,10 +66,15 @@ def evaluation(tmp_path):
 
 
 @pytest.mark.timeout(900)  # a busy machine takes minutes to start two policy servers
-def test_trials_on_the_whole_stack_survive_their_server_and_an_interrupt(evaluation, tmp_path):
+def test_trials_on_the_whole_stack_survive_a_reflex_their_server_and_an_interrupt(evaluation, tmp_path):
     out = tmp_path / "out"
     trials = out / "trials"
-    evaluation.wait(trials / "unseen-0004.mp4")  # the second trial begins
+    evaluation.wait(trials / "unseen-0003.mp4")
+    wait_for(lambda: any('"sent"' in log.read_text() for log in out.glob("logs/*/*.jsonl")), 300, "a chunk")
+    (simulator,) = (words.split("\0") for words in evaluation.left().values() if "simulation.server" in words)
+    with contextlib.closing(SimulationControl(simulator[simulator.index("--name") + 1])) as control:
+        control.fault("right", "reflex")
+    evaluation.wait(trials / "unseen-0004.mp4")  # set up by arms that had to recover
     (server,) = (pid for pid, words in evaluation.left().items() if "policy_server.server" in words)
     os.kill(server, signal.SIGKILL)
     evaluation.wait(trials / "unseen-0004.json")
@@ -79,20 +85,22 @@ def test_trials_on_the_whole_stack_survive_their_server_and_an_interrupt(evaluat
     wait_for(lambda: not evaluation.left(), 10, "all processes gone")
 
     report = json.loads((out / "report.json").read_text())
-    assert [(t["seed"], t["ended"]) for t in report["trials"]] == [(3, "time limit"), (4, "time limit")]
-    assert {void["seed"] for void in report["voids"]} == {4}
-    assert "policy_server ended by itself (signal SIGKILL)" in report["voids"][0]["reason"]
+    first, second = report["trials"]
+    assert first["seed"] == 3 and not first["success"] and first["interventions"] >= 1
+    assert first["ended"].startswith("stopped: arms FAULT") and "reflex" in first["ended"]
+    poor = second["ended"].startswith("stopped") and second["interventions"]  # its chunks may jump
+    assert second["seed"] == 4 and (second["ended"] == "time limit" or poor)
+    reasons = [void["reason"] for void in report["voids"] if void["seed"] == 4]
+    assert any("policy_server ended by itself (signal SIGKILL)" in reason for reason in reasons)
     assert Ledger(out, report["settings"]).missing(TRIALS) == TRIALS[2:]
-    assert (
-        not (trials / "unseen-0005.mp4").exists() and "unseen-0004.mp4" in (out / "report.html").read_text()
-    )
+    assert "trials/unseen-0004.mp4" in (out / "report.html").read_text()
     assert compare(out, out).p == 1.0 and compare(out, out).trials == 2
 
     home = [0.0, -0.785398, 0.0, -2.356194, 0.0, 1.570796, 0.785398]
     for number, key in enumerate(TRIALS[:2]):
         trial, result = make_trial(load(Task, "stack_cups"), key.seed, key.split), report["trials"][number]
         assert result["instruction"] == trial.instruction and result["chunks"] > 0
-        assert result["seconds"] >= LIMIT_S and 0 < result["real_time_factor"] < 1.5
+        assert result["seconds"] > 0.1 and 0 < result["real_time_factor"] < 1.5
         with np.load(trials / f"{key}.npz") as played:
             assert np.abs(played["state"][0, 0, :7] - home).max() < 0.05 and played["state"][0, 0, 7] > 0.9
             wanted = [prop.xy for prop in trial.workcell.props]
