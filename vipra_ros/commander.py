@@ -155,7 +155,7 @@ class Commander:
         self.commanded = -1  # seq of the last chunk that went to the arms
         # The same noise every time: a chunk is then a function of what the policy sees alone and follows on
         # from the last one. With fresh noise successive chunks differ by the whole spread of its answers.
-        self._seed = config.seed
+        self.seed = config.seed  # of the next request
 
     @property
     def active(self) -> bool:
@@ -331,7 +331,7 @@ class Commander:
         """Ask again at once, and with other noise: the same would answer the same to what hardly changed."""
         self.counts.refused += 1
         self.counts.in_a_row += 1
-        self._seed += 1
+        self.seed += 1
         self.planner.refused()
 
     def _latched(self) -> bool:
@@ -452,7 +452,7 @@ class Commander:
         cuts = (images.cut(picture, metadata.crop) for picture in (before, newest))
         pictures = np.stack([images.fit(picture, metadata.image_size) for picture in cuts])
         state = self._state_for(t_obs, now).astype(np.float32) if metadata.needs_state else None
-        request = _Request(t_obs, now, self._seed, self.task)
+        request = _Request(t_obs, now, self.seed, self.task)
         deadline_ms = 1e3 * self._config.deadline_s
         try:
             seq = self.client.submit(pictures, request.task, t_obs, request.seed, state, deadline_ms)

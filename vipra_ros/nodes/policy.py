@@ -2,8 +2,8 @@
 
 Takes `/front_camera/image_raw`, `/<arm>/joint_states` and `/arms/status`; gives `/<arm>/joint_command` under
 a lease of the arms, `~/chunk` for viewers, `~/status` and `/diagnostics`; services `~/start` and `~/stop`;
-parameter `task`, which may change while it runs. Timers run on the steady clock and everything else is
-counted on the executor clock, so jumps of wall or ROS time change nothing.
+parameters `task` and `seed`, which may change while it runs. Timers run on the steady clock and everything
+else is counted on the executor clock, so jumps of wall or ROS time change nothing.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ from vipra_ros.parameters import declare_robot, declare_run_dir, revise
 from vipra_ros.robot.commands import joint_names
 from vipra_ros.safety.supervisor import Supervisor
 
+LIVE = {"task": "instruction for the policy", "seed": "noise seed of its next request"}
 TICK_S = 0.01
 STATUS_S = 0.1
 # Wall time:
@@ -63,9 +64,12 @@ class PolicyNode(Node):
         super().__init__("policy", **options)
         robot = declare_robot(self, ["policy", "camera", "simulation"])
         run_dir = declare_run_dir(self)
-        about = ParameterDescriptor(description="instruction for the policy; may change while it runs")
-        task = self.declare_parameter("task", robot.policy.task, about).value
-        self._config = revise(robot.policy, "", [rclpy.Parameter("task", value=task)])
+        given = []
+        for name, text in LIVE.items():
+            about = ParameterDescriptor(description=f"{text}; may change while it runs")
+            value = self.declare_parameter(name, getattr(robot.policy, name), about).value
+            given.append(rclpy.Parameter(name, value=value))
+        self._config = revise(robot.policy, "", given)
         self.add_on_set_parameters_callback(self._on_parameters)
 
         embodiment, safety = load(Embodiment, robot.embodiment), load(Safety, robot.safety)
@@ -178,10 +182,12 @@ class PolicyNode(Node):
 
     def _on_parameters(self, parameters: list) -> SetParametersResult:
         try:
-            self._config = revise(self._config, "", [p for p in parameters if p.name == "task"])
+            self._config = revise(self._config, "", [p for p in parameters if p.name in LIVE])
         except ConfigError as error:
             return SetParametersResult(successful=False, reason=str(error))
         self._commander.task = self._config.task
+        if any(p.name == "seed" for p in parameters):  # which refused chunks have moved on, otherwise
+            self._commander.seed = self._config.seed
         return SetParametersResult(successful=True)
 
     async def _on_start(self, _, response: Trigger.Response) -> Trigger.Response:
