@@ -40,6 +40,7 @@ from vipra_ros.up import run_folder, wait_ready
 
 HAND_S = 1.2  # longest wait for a hand that was told to move
 BEGUN = 0.05  # change of its opening
+START_S = 180.0  # wall time for the first picture: a busy machine gets there as well
 WAIT_S = 90.0  # wall time for the arms or the recorder to get somewhere
 
 Command = tuple[dict[str, np.ndarray], dict[str, float]]  # joints [7] rad and openings by arm
@@ -361,6 +362,7 @@ def demonstrate(wanted: Wanted, robot: str, root: Path, tell: Callable[[str], No
         leaders = Leaders(load(Teleop, teleop), arms, slot.domain, clock)
         stack.callback(leaders.close)
         operator = Operator(wanted, monitor, leaders, control, children)
+        wait_for(monitor.frames_per_second, START_S, "a picture", children)
         wait_ready(monitor, children)
         wait_for(
             lambda: (s := monitor.status("recorder")) and "ready" in s.message,

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks.recorder import measure
 from config.loading import load
 from config.robot import Robot
 from config.safety import Safety
@@ -55,6 +56,9 @@ def test_the_fast_generator_writes_what_the_recorder_writes(tmp_path):
         assert np.ptp(action[:, :7], axis=0).max() > 0.1 and np.abs(action - state)[:, :7].max() < 0.1
         assert np.median(np.diff(data.values(0, CAPTURE).ravel())) == pytest.approx(1 / 15, abs=0.005)
         assert -0.01 < lag_s(data) < 0.04
+    found = measure(fast)
+    assert (found["dropped_frames"], found["gaps"], found["sync_error_ms_max"]) == (0, 0, 0)
+    assert found["rate_hz"] == pytest.approx(15, rel=0.02) and measure(live)["frames"] == live.rows[0].length
     # the same trial: on the table, in front of the arm, places and colours are the same
     pictures = [data.frames(0, CAMERA, [0])[0][230:].astype(int) for data in (live, fast)]
     assert (np.abs(pictures[0] - pictures[1]).max(-1) > 40).mean() < 0.002
