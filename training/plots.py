@@ -1,6 +1,6 @@
 """Figures of a training run (matplotlib, no display)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
@@ -39,6 +39,22 @@ def replay(played: np.ndarray, demonstrated: np.ndarray, names: Sequence[str], r
         ax.set_title(names[i], fontsize=7)
         ax.tick_params(labelsize=6)
     figure.suptitle("open loop (orange) against the demonstration (grey); s", fontsize=8)
+    return figure
+
+
+def losses(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]):
+    """A panel a run: each of its losses, (step, value) pairs by name, on a logarithmic scale."""
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(3.2 * len(curves), 2.6), squeeze=False, constrained_layout=True
+    )
+    for ax, (run, lines) in zip(axes.flat, curves.items(), strict=True):
+        for name, points in lines.items():
+            ax.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        ax.set_yscale("log")
+        ax.set_title(run, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(which="both", labelsize=6)
+        ax.legend(fontsize=7)
     return figure
 
 

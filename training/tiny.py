@@ -3,16 +3,18 @@
     python -m training.tiny --out runs/train-tiny        (make train-tiny)
 
 Simulated episodes (training.simulated), and other videos beside them -> tokenizer and latent actions (at the
-same time) -> labels -> pretraining -> finetuning, each by the command a user would type. `OUT/summary.json`
-holds what was measured on held-out simulated episodes, `OUT/policy` is the checkpoint. Run it again after an
-interruption: what is finished stays, and the stage that was cut off goes on.
+same time) -> labels -> pretraining -> finetuning, each by the command a user would type. OUT then has
+`summary.json` and `details.json` (measured on held-out simulated episodes), `pictures/` and `policy/` (the
+checkpoint). Run it again after an interruption: what is finished stays, what was cut off goes on.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from config.loading import root
 from config.training import VALIDATION_SHARE
 from models.latent_action import folder as latent_folder
 from models.latent_action.model import LatentActionModel, to_clip
+from training import plots
 from training.analysis.codes import codes_used
 from training.analysis.probe import probe_nmse
 from training.analysis.transitions import each_episode, read
@@ -36,14 +39,31 @@ STRIDE = 9  # frames at 15 Hz: the pictures change by more than .02 on average
 SLOW = 3  # of the labels: 14 steps are 2.8 s
 CLIP = 6  # frames, as latent_tiny
 MOVED = 0.05  # a pixel that changes by more
-SMALL_BATCH = ("global_batch=8", "micro_batch=8", "schedule.warmup=20")
 BUDGET = {  # the recipes, cut to what two CPU cores do in under twenty minutes
-    "tokenizer": ("steps=700", *SMALL_BATCH, "validation.samples=64"),
-    "latent": ("steps=700", "validation.samples=32"),
-    "pretrain": ("steps=160", *SMALL_BATCH, "validation.samples=32", "log_every=10"),
-    "finetune": ("steps=250", *SMALL_BATCH, "validation.samples=48", "log_every=10", "ema=0.98"),
+    "tokenizer": ("steps=450", "validation.samples=64"),
+    "latent": ("steps=650", "validation.samples=32"),
+    "pretrain": ("steps=200", "global_batch=8", "micro_batch=8", "validation.samples=32", "log_every=10"),
+    "finetune": (
+        *("steps=350", "global_batch=16", "micro_batch=16", "samples=8", "schedule.warmup=30"),
+        *("ema=0.98", "validation.samples=64", "log_every=10"),
+    ),
 }
+LABELLED = 80  # of the episodes: a label takes as long as twenty frames of training
 NAMES = {"tokenizer": "tokenizer", "latent": "latent", "pretrain": "pretrained", "finetune": "policy"}
+LOSSES = {
+    "tokenizer": ("l1", "quantisation"),
+    "latent": ("pixel",),
+    "pretrain": ("vision", "latent"),
+    "finetune": ("loss", "validation/loss"),
+}
+PICTURES = {  # name in OUT/pictures -> the newest of these
+    "tokens": "runs/tokenizer/images/reconstruction-*.png",
+    "latent_actions": "runs/latent/images/reconstruction-*.png",
+    "imagined": "runs/pretrain/images/now_future_imagined-*.png",
+    "action_error": "runs/finetune/images/action_error-*.png",
+    "open_loop": "runs/finetune/images/open_loop-*.png",
+    "transfer": "analysis/transfer.png",
+}
 
 
 def done(folder: Path) -> bool:
@@ -110,16 +130,21 @@ def measure_latent(out: Path) -> dict[str, float]:
     return {"codes_used": codes_used(held.codes), **found, "probe_nmse": nmse, "shuffled_nmse": shuffled}
 
 
-def measured(out: Path) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def measured(out: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict]]:
     """(what summary.json holds, what else was measured)."""
     latent = measure_latent(out)
-    more = {key: latent.pop(key) for key in ("mean_change", "held_out_episodes")}
+    more = {"latent": {key: latent.pop(key) for key in ("mean_change", "held_out_episodes")}}
     before, after = summary(out / "runs" / "pretrain")
     first, last = summary(out / "runs" / "finetune")
-    tokenizer = summary(out / "runs" / "tokenizer")[1]
-    more |= {f"tokenizer/{k}": v for k, v in tokenizer.items() if k.startswith("validation/")}
-    more |= {f"pretrain/{k}": v for k, v in after.items() if k.startswith("validation/")}
-    more |= {f"finetune/{k}": v for k, v in last.items() if k.startswith("validation/")}
+    runs = {"tokenizer": summary(out / "runs" / "tokenizer")[1], "pretrain": after, "finetune": last}
+    for stage, values in runs.items():
+        held = {key: v for key, v in values.items() if key.startswith("validation/")}
+        more[stage] = {key.removeprefix("validation/"): v for key, v in held.items()}
+    gate = out / "runs" / "tokenizer" / "gate.json"
+    more["gate"] = json.loads(gate.read_text()) if gate.is_file() else {}
+    transfer = json.loads((out / "analysis" / "transfer.json").read_text())
+    wanted = ("clips", "steps", "transferred", "own", "target", "other_source")
+    more["transfer"] = {key: transfer[key] for key in wanted}
     return {
         "latent": latent,
         "pretrain": {
@@ -137,6 +162,20 @@ def measured(out: Path) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     }, more
 
 
+def pictures(out: Path) -> None:
+    """OUT/pictures: the last of each kind, and the losses of every stage."""
+    folder = out / "pictures"
+    folder.mkdir(exist_ok=True)
+    for name, pattern in PICTURES.items():
+        if found := sorted(out.glob(pattern)):
+            shutil.copyfile(found[-1], folder / f"{name}.png")
+    curves = {}
+    for stage, names in LOSSES.items():
+        entries = [json.loads(line) for line in (out / "runs" / stage / "metrics.jsonl").open()]
+        curves[stage] = {n: [(e["step"], e[n]) for e in entries if n in e] for n in names}
+    plots.losses(curves).savefig(folder / "losses.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--robot", default="sim_bimanual", help="file in config/robots, or a path")
@@ -152,7 +191,7 @@ def main() -> None:
         help="further videos for stages 0 to 2 (default: Bridge's sample)",
     )
     parser.add_argument(
-        "--label-episodes", type=int, help="label the first n generated episodes (default: all)"
+        "--label-episodes", type=int, default=LABELLED, help="label the first n generated episodes"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -165,7 +204,14 @@ def main() -> None:
     # a process of its own: MuJoCo's renderer and torch do not share one
     size = ["--episodes", str(args.episodes), "--steps", str(args.frames), "--seed", str(args.seed)]
     make = ["training.simulated", "--robot", args.robot, *size, "--kinds", *args.kinds, "--out", str(demos)]
-    together([make])
+    seconds = {}
+
+    def timed(what: str, commands: list[list[str]]) -> None:
+        begun = time.monotonic()
+        together(commands)
+        seconds[what] = round(time.monotonic() - begun, 1)
+
+    timed("demonstrations", [make])
 
     def train(stage: str, *options: str, data: list[dict] | None = None) -> list[list[str]]:
         """The command of a stage, or nothing where it is finished."""
@@ -181,7 +227,7 @@ def main() -> None:
         return [["vipra_ros.cli", "train", stage, f"{stage}_tiny", *place, *options, *given]]
 
     frames = train("tokenizer", data=datasets(demos, videos, (1,)))
-    together(frames + train("latent", data=datasets(demos, videos, (STRIDE, SLOW))))
+    timed("tokenizer and latent", frames + train("latent", data=datasets(demos, videos, (STRIDE, SLOW))))
     tokenizer = ["--tokenizer", str(out / NAMES["tokenizer"])]
     if not done(out / "labels"):
         mixture = out / "label.yaml"
@@ -190,12 +236,16 @@ def main() -> None:
         mixture.write_text(yaml.safe_dump({"datasets": chosen}))
         sources = ["--mixture", str(mixture), "--latent", str(out / NAMES["latent"]), *tokenizer]
         spread = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vipra_ros.cli"]
-        together([[*spread, "label", *sources, "--out", str(out / "labels")]])
-    together(train("pretrain", "--labels", str(out / "labels"), *tokenizer))
+        timed("label", [[*spread, "label", *sources, "--out", str(out / "labels")]])
+    timed("pretrain", train("pretrain", "--labels", str(out / "labels"), *tokenizer))
     start = ("--start", str(out / NAMES["pretrain"]), "--embodiment", args.embodiment)
-    together(train("finetune", "--data", str(demos), *start))
+    timed("finetune", train("finetune", "--data", str(demos), *start))
+    look = ["--model", str(out / NAMES["latent"]), "--data", str(demos), "--stride", str(STRIDE)]
+    look += ["--held-out", str(VALIDATION_SHARE), "--out", str(out / "analysis")]
+    timed("transfer", [["vipra_ros.cli", "analyze", "transfer", *look]])
     found, more = measured(out)
-    (out / "details.json").write_text(json.dumps(more, indent=1))
+    pictures(out)
+    (out / "details.json").write_text(json.dumps({**more, "seconds": seconds}, indent=1))
     (out / "summary.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
 
