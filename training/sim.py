@@ -10,6 +10,7 @@ different machines over the same folder. docs/vipra_sim.md has the commands for 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -66,9 +67,12 @@ class Plan:
         process = subprocess.Popen(command, start_new_session=True)
         try:
             code = process.wait(self.minutes * 60 if self.minutes else None)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
             process.terminate()  # not its workers: training saves first
-            process.wait(PATIENCE_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_S)
+            if isinstance(reason, KeyboardInterrupt):
+                raise OutOfTime(f"{module} {arguments[0]} was stopped") from None
             raise OutOfTime(f"{module} {arguments[0]}: {self.minutes:g} minutes are over") from None
         finally:
             _end(process)
@@ -371,6 +375,7 @@ def main() -> int:
         tuple(given.set), given.ignore_gate,
     )  # fmt: skip
     plan.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in given.only or STEPS:
             print(f"== {name}", flush=True)
