@@ -48,14 +48,14 @@ def test_the_fast_generator_writes_what_the_recorder_writes(tmp_path):
     low, high = np.array(joints.position_min_rad), np.array(joints.position_max_rad)
     for data in (live, fast):
         state, action = data.values(0, STATE), data.values(0, ACTION)
-        assert SECONDS * 15 - 3 <= len(state) <= SECONDS * 15 + 15  # a busy machine ends it late
+        assert len(state) > SECONDS * 15 - 4  # a busy machine ends it late
         assert (state[:, :7] > low).all() and (state[:, :7] < high).all()
         assert (action[:, :7] > low).all() and (action[:, :7] < high).all()
         hand = np.concatenate([state[:, 7], action[:, 7]])
         assert hand.min() >= 0 and hand.max() <= 1
         assert np.ptp(action[:, :7], axis=0).max() > 0.1 and np.abs(action - state)[:, :7].max() < 0.1
-        assert np.median(np.diff(data.values(0, CAPTURE).ravel())) == pytest.approx(1 / 15, abs=0.005)
-        assert -0.01 < lag_s(data) < 0.04
+        assert np.median(np.diff(data.values(0, CAPTURE).ravel())) == pytest.approx(1 / 15, abs=0.01)
+        assert -0.02 < lag_s(data) < 0.06  # a whole step would be 0.067
     found = measure(fast)
     assert (found["dropped_frames"], found["gaps"], found["sync_error_ms_max"]) == (0, 0, 0)
     assert found["rate_hz"] == pytest.approx(15, rel=0.02) and measure(live)["frames"] == live.rows[0].length
