@@ -25,6 +25,7 @@ TURN_RAD_S = 0.6  # slow: near straight down the wrist has to turn far for a lit
 CLEAR_M = 0.13  # of the carried object's base above the table
 GRASP_S, RELEASE_S = 0.28, 0.2
 KNOB_GRASP_S = 0.7  # the fingers have further to close than on a cup
+DROP_M = 0.012  # of the cloth: a held knob pressed on a rigid top makes contacts that throw the object
 HANGING = 0.7  # how far the lifted cloth reaches below the fingers, as a share of its side
 TRIES = 4
 
@@ -177,7 +178,7 @@ def cover(world: World, rate_hz: float, random: np.random.Generator) -> Iterator
             continue  # it slipped
         goal = of(target) - (of(moved) - world.tcp(arm)[0])
         here = yield from _go(here, replace(here, xyz=np.array([*goal[:2], carry])), fast, rate_hz)
-        goal = of(target) - (of(moved) - world.tcp(arm)[0]) + _up(height + style.settle_m)
+        goal = of(target) - (of(moved) - world.tcp(arm)[0]) + _up(height + DROP_M + style.settle_m)
         here = yield from _go(here, replace(here, xyz=goal), slow, rate_hz)
         here = yield from _stay(replace(here, opening=1.0), RELEASE_S, rate_hz)
         here = yield from _go(here, replace(here, xyz=here.xyz + _up(0.13)), fast, rate_hz)
