@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ ATTEMPTS = 3  # at one trial, each in another style
 
 
 class ExpertFailed(RuntimeError):
-    """The expert does not do a trial; the message names it."""
+    """No demonstration came of a trial; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def generate(
                     writer.add(row, episode.task)
                 writer.save()
                 progress(writer.episodes)
+        except BrokenProcessPool as error:
+            raise ExpertFailed("a worker process was killed (memory?): the same command goes on") from error
         finally:
             pool.shutdown(cancel_futures=True)
     return len(numbers)
