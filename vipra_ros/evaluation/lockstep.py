@@ -50,7 +50,7 @@ class Waiting:
 
     def __init__(self, client: PolicyClient, alive: Callable[[], None] = lambda: None):
         self._client, self._alive = client, alive
-        self._open: set[int] = set()
+        self._answers: list[protocol.Chunk | protocol.Error] = []
 
     @property
     def metadata(self) -> protocol.Metadata | None:
@@ -63,21 +63,20 @@ class Waiting:
             raise Void(f"the policy server is gone: {error}") from error
 
     def submit(self, *arguments, **options) -> int:
+        """Waits for the answer, lest a slow one make what was heard before it look old to the commander."""
         seq = self._client.submit(*arguments, **options)
-        self._open.add(seq)
+        while all(answer.seq != seq for answer in self._answers):
+            self._answers += (answers := self._client.poll(0.5))
+            if not answers:
+                self._alive()
+        for answer in self._answers:
+            if isinstance(answer, protocol.Error) and answer.code in VOID:
+                raise Void(f"the policy server is gone: {answer.message}")
         return seq
 
     def poll(self) -> list[protocol.Chunk | protocol.Error]:
-        outcomes = []
-        while self._open:
-            outcomes += (answers := self._client.poll(0.5))
-            self._open -= {answer.seq for answer in answers}
-            if not answers:
-                self._alive()
-        for outcome in outcomes:
-            if isinstance(outcome, protocol.Error) and outcome.code in VOID:
-                raise Void(f"the policy server is gone: {outcome.message}")
-        return outcomes
+        answers, self._answers = self._answers, []
+        return answers
 
     def cancel(self, seq: int) -> None:
         """Nothing is ever in flight between two moments."""
