@@ -40,11 +40,11 @@ SLOW = 3  # of the labels: 14 steps are 2.8 s
 CLIP = 6  # frames, as latent_tiny
 MOVED = 0.05  # a pixel that changes by more
 BUDGET = {  # the recipes, cut to what two CPU cores do in under twenty minutes
-    "tokenizer": ("steps=450", "validation.samples=64"),
-    "latent": ("steps=650", "validation.samples=32"),
-    "pretrain": ("steps=200", "global_batch=8", "micro_batch=8", "validation.samples=32", "log_every=10"),
+    "tokenizer": ("steps=400", "validation.samples=64"),
+    "latent": ("steps=550", "validation.samples=32"),
+    "pretrain": ("steps=150", "global_batch=8", "micro_batch=8", "validation.samples=32", "log_every=10"),
     "finetune": (
-        *("steps=350", "global_batch=16", "micro_batch=16", "samples=8", "schedule.warmup=30"),
+        *("steps=250", "global_batch=16", "micro_batch=16", "samples=8", "schedule.warmup=30"),
         *("ema=0.98", "validation.samples=64", "log_every=10"),
     ),
 }
