@@ -225,7 +225,7 @@ def test_a_collision_raises_a_reflex_by_itself():
     slot.release()
 
 
-def test_without_watchdog_a_violation_on_purpose_is_flagged_by_the_checker(tmp_path):
+def test_without_watchdog_a_violation_on_purpose_is_flagged_by_the_checker_and_a_request_ends_it(tmp_path):
     slot = reserve_slot()
     with running(slot, "single", ["--no-watchdog"]) as simulator:
         robot = connect(simulator.hosts["right"])
@@ -242,6 +242,8 @@ def test_without_watchdog_a_violation_on_purpose_is_flagged_by_the_checker(tmp_p
         assert found["acceleration"]["right_joint1"] > 10
         assert "position" not in found
         motion.stop()
+        simulator.control.shutdown()
+        assert simulator.process.wait(20) == 0
     slot.release()
 
 
@@ -287,8 +289,11 @@ def test_bad_requests_are_refused_with_a_reason_and_harm_nothing(simulator):
     assert control.status()["arms"]["left"]["mode"] in ("idle", "reflex")
 
 
-def test_a_taken_address_or_name_is_one_line_and_not_a_traceback(simulator, slot):
+def test_two_simulators_do_not_hear_each_other_and_a_taken_address_or_name_is_one_line(simulator, slot):
     same_host = Running(slot, "single", name=slot.name)
+    same_host.control.fault("right", "reflex", error="power_limit_violation")
+    assert same_host.arm("right")["reflex"] == "power_limit_violation"
+    assert simulator.arm("right")["reflex"] != "power_limit_violation"
     other = Running(slot, "single", name=f"{slot.name}-b")
     status, errors = other.end()
     assert status == 1
@@ -301,15 +306,9 @@ def test_a_taken_address_or_name_is_one_line_and_not_a_traceback(simulator, slot
     assert simulator.control.status()["arms"]["left"]["mode"] in ("idle", "reflex"), "the first one runs on"
 
 
-def test_two_simulators_run_side_by_side_and_do_not_hear_each_other(simulator, slot):
-    with running(slot, "single") as second:
-        second.control.fault("right", "reflex", error="power_limit_violation")
-        assert second.arm("right")["reflex"] == "power_limit_violation"
-        assert simulator.arm("right")["reflex"] != "power_limit_violation"
-
-
-def test_sigterm_says_goodbye_and_leaves_nothing_behind(slot):
+def _says_goodbye(slot) -> None:
     simulator = Running(slot, "single")
+    assert simulator.ready.startswith("ready")
     state = simulator.state()
     assert not state.stopped()
     control_file = simulator.control._name
@@ -323,7 +322,7 @@ def test_sigterm_says_goodbye_and_leaves_nothing_behind(slot):
         SimulationControl(control_file, 0.2).status()
 
 
-def test_a_killed_simulator_is_noticed_and_its_name_can_be_used_again(slot):
+def test_a_killed_simulator_is_noticed_its_name_is_free_and_sigterm_leaves_nothing_behind(slot):
     first = Running(slot, "single")
     state = first.state()
     first.process.kill()
@@ -331,14 +330,5 @@ def test_a_killed_simulator_is_noticed_and_its_name_can_be_used_again(slot):
     wait_for(state.stopped)
     with pytest.raises(StateError, match="no simulator"):
         SharedState.attach(slot.name, 0.05)
-    with running(slot, "single") as second:
-        assert second.ready.startswith("ready")
-        assert not second.state().stopped()
     state.close()
-
-
-def test_shutdown_by_request(slot):
-    simulator = Running(slot, "single")
-    simulator.control.shutdown()
-    assert simulator.process.wait(10) == 0
-    simulator.end()
+    _says_goodbye(slot)
