@@ -126,11 +126,19 @@ class Monitor:
     def set_task(self, task: str, timeout_s: float = 5.0, node: str = "policy") -> None:
         """Give `node` (policy or recorder) its instruction. Raises CallFailed."""
         value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=task)
-        request = SetParameters.Request(parameters=[Parameter(name="task", value=value)])
+        self._set(node, "task", value, timeout_s)
+
+    def set_seed(self, seed: int, timeout_s: float = 5.0) -> None:
+        """Give the policy node the noise seed of its next request. Raises CallFailed."""
+        value = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=seed)
+        self._set("policy", "seed", value, timeout_s)
+
+    def _set(self, node: str, name: str, value: ParameterValue, timeout_s: float) -> None:
+        request = SetParameters.Request(parameters=[Parameter(name=name, value=value)])
         service = f"/{node}/set_parameters"
         (result,) = self._request(SetParameters, service, request, timeout_s).results
         if not result.successful:
-            raise CallFailed(f"{service}: task {task!r}: {result.reason}")
+            raise CallFailed(f"{service}: {name}: {result.reason}")
 
     def _request(self, kind: type, service: str, request, timeout_s: float):
         client = self._clients.get(service)

@@ -234,6 +234,7 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
     before = _counts(cell)
     truths, ended = [], "time limit"
     try:
+        cell.monitor.set_seed(trial.seed, PATIENCE_S)
         rig.start(trial.instruction, ledger.file(key, ".mp4"))
         started, wall, due = clock.now(), time.monotonic(), clock.now()
         with contextlib.suppress(
