@@ -26,7 +26,7 @@ class Running:
         hostnames = ",".join(f"{arm}={host}" for arm, host in self.hosts.items())
         command = [sys.executable, "-m", "simulation.server", "--workcell", workcell, "--name", self.name]
         self.process = subprocess.Popen(
-            [*command, "--hostnames", hostnames, *arguments],
+            [*command, "--hostnames", hostnames, "--die-with-parent", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
