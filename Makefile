@@ -10,6 +10,7 @@ STAMP := $(VENV)/.installed
 # library that must be loadable : Debian and Ubuntu package that brings it
 LIBRARIES := libEGL.so.1:libegl1 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0 libX11.so.6:libx11-6
 DRIVER := libgl1-mesa-dri
+LIVE := tests/benchmarks tests/policy_server tests/simulation tests/vipra_ros
 
 .PHONY: .venv demo test train-tiny train-sim lint colcon clean system
 
@@ -41,8 +42,10 @@ system:
 demo: .venv
 	$(BIN)/vipra demo
 
+# Tests of running processes one at a time, all others on every core.
 test: .venv
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto tests $(LIVE:%=--ignore=%)
+	$(BIN)/pytest $(LIVE)
 
 train-tiny: .venv
 	$(BIN)/python -m training.tiny --out runs/train-tiny

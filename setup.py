@@ -88,6 +88,7 @@ EXTRAS = {
         "mcap-ros2-support>=0.6",
         "pytest>=9.2",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         "transformers>=5.23",  # the backbone is compared with its LlamaForCausalLM
         "setuptools>=64,<80",  # colcon calls setup.py, and later versions dropped what it needs

@@ -27,11 +27,11 @@ class Trace:
 
 
 def trace(stage: Stage, recipe: Recipe) -> Trace:
-    """Moves the stage's module to meta for good. Attention counts as if its matrix were kept: an upper
-    bound.
+    """Moves the stage's module to meta for good. Attention counts as if its matrix were kept, and a stage
+    that trains under autocast is traced in float32: upper bounds.
     """
     module = stage.module.to("meta").train()
-    if recipe.precision == "bfloat16":
+    if recipe.precision == "bfloat16" and stage.sharded:
         module.to(torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     held: dict[int, torch.Tensor] = {}

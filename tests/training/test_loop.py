@@ -113,6 +113,11 @@ def test_a_7b_run_is_planned_without_any_folder(command, capsys):
     assert 6.7e3 < parameters < 7.0e3
 
 
+def test_a_stage_under_autocast_is_planned_too(capsys):
+    assert cli.main("latent latent_sim --dry-run --gpu-memory 24 --gpu-tflops 165".split()) == 0
+    assert re.search(r"activations\W+[\d.]+ GiB", capsys.readouterr().out)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_loadable(reference, tmp_path):
     toy.run(tmp_path, 20, toy.Toy(stop_at=5))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

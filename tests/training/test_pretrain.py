@@ -90,7 +90,9 @@ def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, tmp_path
 
     def work():
         ranks = distributed.start("cpu")
-        write(made, tmp_path / "again", ranks)
+        label.label(
+            made.data, made.latent, made.tokenizer, tmp_path / "again", 3, 1, 4, ranks, lambda _: None
+        )
         distributed.stop()
 
     monkeypatch.setattr(label, "write_shard", killed)

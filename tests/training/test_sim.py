@@ -1,0 +1,106 @@
+"""vipra_sim's own steps: states and pictures of trials, the gate, and what stops and goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config.loading import root
+from training import gate
+from training.run import TrainingError
+from training.sim import OutOfTime, Plan, check_gate, checkpoints
+
+# MuJoCo's renderer and torch do not share a process.
+SCRIPT = """
+import sys
+from pathlib import Path
+from training.scripted import Demonstrator, film, make_trial, play, read_states, shard_path, write_shard
+import numpy as np
+from config.embodiment import Embodiment
+from config.loading import load
+from config.robot import Robot
+from config.task import Task
+from episodes.reader import Dataset
+from training.seen import ABSENT, PLACES
+
+out, robot, body = Path(sys.argv[1]), load(Robot, "sim_single"), load(Embodiment, "franka_single_workspace")
+task = load(Task, "stack_cups").model_copy(update={"time_limit_s": 1.2})
+trial = make_trial(task, 100003, template=None)
+played = play(trial, Demonstrator(trial), body.names)
+assert np.abs(played.action[0] - played.state[0]).max() < 1e-3, "an action is the reference of its own moment"
+assert np.abs(np.diff(played.action[:, :7], axis=0)).max() < 0.2
+(out / "states").mkdir()
+write_shard(shard_path(out / "states", "stack_cups", 100003), [played])
+(again,) = read_states(out / "states")
+assert np.abs(again.qpos - played.qpos).max() < 1e-4 and again.seed == 100003
+
+again = film(out / "states", out / "videos", robot, body, Path.home() / ".cache" / "vipra_ros", workers=1)
+data = Dataset(out / "videos")
+assert again == len(data) == 1 and data.vectors == (PLACES,), "videos carry no actions"
+frames = data.frames(0, data.cameras[0], [0, 5])
+assert frames.shape == (2, 224, 224, 3) and frames.std() > 20
+places = data.values(0, PLACES).reshape(-1, 5, 3)[0]
+assert (places[1:, 2] == ABSENT).sum() == 1 and np.abs(places[0] - played.hands[0, 0]).max() < 1e-4
+none = film(
+    out / "states", out / "acts", robot, body, Path.home() / ".cache" / "vipra_ros", actions=True, workers=1
+)
+assert none == 0, "a trial that failed is no demonstration"
+"""
+
+
+def test_trials_become_states_and_states_become_videos(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path], cwd=root(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def dots(count: int) -> gate.Seen:
+    """A bright dot on 32 px; places in m are its place in the picture; the second thing is never there."""
+    random = np.random.default_rng(0)
+    at = random.uniform(6, 26, (count, 2))
+    y, x = np.mgrid[0:32, 0:32]
+    blob = np.exp(-((x - at[:, :1, None]) ** 2 + (y - at[:, 1:, None]) ** 2) / 8)
+    frames = np.repeat((255 * blob).astype(np.uint8)[..., None], 3, -1)
+    places = np.full((count, 2, 3), gate.ABSENT, np.float32)
+    places[:, 0] = np.concatenate([at / 100, np.zeros((count, 1))], 1)
+    return gate.Seen(frames, places, ("dot", "ghost"), np.arange(count) % 5 == 0)
+
+
+def test_a_probe_finds_what_is_in_the_pictures_and_nothing_where_they_are_blind():
+    torch.set_num_threads(1)
+    seen = dots(500)
+    chance = 1000 * np.median(np.linalg.norm(seen.places[:, 0] - seen.places[:, 0].mean(0), axis=-1))
+    found = gate.from_pixels(seen, 120, "cpu")
+    assert found["dot"] < 0.15 * chance and np.isnan(found["ghost"])
+    features = torch.zeros(len(seen.frames), 4, 4, 4)
+    blind = gate.distances(
+        lambda rows: features[rows], lambda: gate.Probe(torch.nn.Identity(), 4, 2), seen, 60, "cpu"
+    )
+    assert blind["dot"] > 0.7 * chance
+
+
+def test_a_failed_gate_stops_unless_told_otherwise(tmp_path: Path, capsys):
+    path = tmp_path / "gate.json"
+    with pytest.raises(TrainingError, match="run --only gate first"):
+        check_gate(path, ignore=True)
+    found, failed = gate.report({"hand": 1.0, "red": 2.0}, {"hand": 4.0, "red": 21.0})
+    path.write_text(json.dumps(found))
+    assert failed == ["red 21.0 mm"]
+    with pytest.raises(TrainingError, match=r"red 21\.0 mm, the limit is 5 mm .*red 2\.0.*--ignore-gate"):
+        check_gate(path, ignore=False)
+    check_gate(path, ignore=True)
+    assert "GATE FAILED" in capsys.readouterr().out
+    nothing_seen, _ = gate.report({"hand": 1.0}, {"hand": float("nan")})
+    assert not nothing_seen["passed"]
+
+
+def test_a_command_ends_with_its_minutes_and_exports_come_in_order(tmp_path):
+    plan = Plan(tmp_path, 10, 5, None, 1, minutes=0.01, changes=("finetune.steps=40",))
+    with pytest.raises(OutOfTime):
+        plan.run("http.server", "0", "--bind", "127.0.0.1")
+    assert checkpoints(plan) == [20, 26, 32, 40]
