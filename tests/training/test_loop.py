@@ -114,7 +114,7 @@ def test_a_7b_run_is_planned_without_any_folder(command, capsys):
 
 
 def test_a_stage_under_autocast_is_planned_too(capsys):
-    assert cli.main("latent latent_sim --dry-run --gpu-memory 24 --gpu-tflops 165".split()) == 0
+    assert cli.main(["latent", "latent_sim", "--dry-run", "--gpu-memory", "24", "--gpu-tflops", "165"]) == 0
     assert re.search(r"activations\W+[\d.]+ GiB", capsys.readouterr().out)
 
 
