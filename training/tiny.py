@@ -40,7 +40,7 @@ SLOW = 3  # of the labels: 14 steps are 2.8 s
 CLIP = 6  # frames, as latent_tiny
 MOVED = 0.05  # a pixel that changes by more
 BUDGET = {  # the recipes, cut to what two CPU cores do in under twenty minutes
-    "tokenizer": ("steps=400", "validation.samples=64"),
+    "tokenizer": ("steps=360", "validation.samples=64"),
     "latent": ("steps=550", "validation.samples=32"),
     "pretrain": ("steps=150", "global_batch=8", "micro_batch=8", "validation.samples=32", "log_every=10"),
     "finetune": (
@@ -48,7 +48,7 @@ BUDGET = {  # the recipes, cut to what two CPU cores do in under twenty minutes
         *("ema=0.98", "validation.samples=64", "log_every=10"),
     ),
 }
-LABELLED = 80  # of the episodes: a label takes as long as twenty frames of training
+LABELLED = 56  # of the episodes: a label takes as long as twenty frames of training
 NAMES = {"tokenizer": "tokenizer", "latent": "latent", "pretrain": "pretrained", "finetune": "policy"}
 LOSSES = {
     "tokenizer": ("l1", "quantisation"),
