@@ -99,6 +99,7 @@ def test_follows_a_sine_a_known_time_behind_stops_when_unplugged_and_couples_aga
         wait_for(lambda: value(statuses, "state") == state, 30, said, poll_s=0.005)
 
     def measured(since: float):
+        wait_for(lambda: track and seconds(track[-1].header.stamp) > since, 30, "joint states")
         rows = [(seconds(m.header.stamp), *m.position[:7], *m.velocity[:7]) for m in list(track)]
         rows = np.array([row for row in rows if row[0] >= since])
         return rows[:, 0], rows[:, 1:8], rows[:, 8:]
