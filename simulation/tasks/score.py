@@ -35,6 +35,19 @@ class Thing:
         return float(1 - 2 * (x * x + y * y))
 
 
+def things_in(truth: dict) -> dict[str, Thing]:
+    """Every object of a running simulator's truth (`simulation.control`)."""
+    return {
+        name: Thing(
+            np.array(thing["position"]),
+            np.array(thing["quaternion"]),
+            np.array(thing["velocity"][:3]),
+            np.array(thing["surface"]) if "surface" in thing else None,
+        )
+        for name, thing in truth["objects"].items()
+    }
+
+
 @dataclass
 class Judge:
     """Fed with truth as time goes on. `partial`: the right object was lifted; `success` latches."""

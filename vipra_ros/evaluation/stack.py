@@ -22,10 +22,11 @@ from config.loading import load
 from config.robot import Robot
 from config.task import Task
 from simulation.control import SimulationControl, SimulationError
+from simulation.lockstep import judge_for
 from simulation.state import StateError
-from simulation.tasks.score import Judge, Thing
+from simulation.tasks.score import things_in
 from simulation.tasks.trial import Trial, make_trial
-from simulation.workcell import HAND_WIDTH, top_points
+from simulation.workcell import HAND_WIDTH
 from vipra_ros import bringup
 from vipra_ros.clock import ClockStopped, SimulatedClock
 from vipra_ros.evaluation import smoothness
@@ -230,7 +231,7 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
     Raises Void, or one of FAILURES.
     """
     key, rig, clock = Key(trial.split, trial.seed), cell.rig, cell.clock
-    judge = judge_of(trial)
+    judge = judge_for(trial)
     before = _counts(cell)
     truths, ended = [], "time limit"
     try:
@@ -247,7 +248,7 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
             truth = cell.control.truth()
             truths.append(truth)
             seconds = truth["time_s"] - started
-            judge.update(seconds, things(truth), np.array(truth["arms"][trial.task.arm]["tcp_position"]))
+            judge.update(seconds, things_in(truth), np.array(truth["arms"][trial.task.arm]["tcp_position"]))
             if judge.success or seconds >= limit_s:
                 break
             server.check()
@@ -315,26 +316,6 @@ def _counts(cell: Cell) -> dict:
         "chunks": int(policy["chunks"]),
         "refused": int(policy["refused"]),
         "limited": limited,
-    }
-
-
-def judge_of(trial: Trial) -> Judge:
-    """Fed with truth it scores the trial."""
-    target = trial.task.named("target")
-    kind = next(prop.kind for prop in trial.workcell.props if prop.name == target)
-    return Judge(trial.task, trial.workcell.table.centre_xyz[2], top_points(kind))
-
-
-def things(truth: dict) -> dict[str, Thing]:
-    """The simulator's truth as the judge takes it."""
-    return {
-        name: Thing(
-            np.array(thing["position"]),
-            np.array(thing["quaternion"]),
-            np.array(thing["velocity"][:3]),
-            np.array(thing["surface"]) if "surface" in thing else None,
-        )
-        for name, thing in truth["objects"].items()
     }
 
 

@@ -26,7 +26,7 @@ from simulation.control import SimulationControl
 from simulation.demonstrate import SETTLE_S, lead
 from simulation.experts.ik import HandIK
 from simulation.lockstep import judge_for
-from simulation.tasks.score import Judge, Thing
+from simulation.tasks.score import Judge, Thing, things_in
 from simulation.tasks.trial import Trial
 from simulation.workcell import HAND_WIDTH
 from vipra_ros import bringup
@@ -61,12 +61,7 @@ class LiveWorld:
         self.judge.update(self.time_s, self.things(), self.tcp(self.trial.task.arm)[0])
 
     def things(self) -> dict[str, Thing]:
-        return {
-            name: Thing(
-                *(np.array(found[k]) for k in ("position", "quaternion")), np.array(found["velocity"][:3])
-            )
-            for name, found in self._truth["objects"].items()
-        }
+        return things_in(self._truth)
 
     def tcp(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
         rotation = np.empty(9)

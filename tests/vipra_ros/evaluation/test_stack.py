@@ -17,10 +17,12 @@ import pytest
 from config.loading import load
 from config.task import Task
 from simulation.control import SimulationControl
+from simulation.lockstep import judge_for
+from simulation.tasks.score import things_in
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluation.compare import compare
 from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.stack import Holds, judge_of, things
+from vipra_ros.evaluation.stack import Holds
 from vipra_ros.process import wait_for
 
 LIMIT_S = 1.5
@@ -122,15 +124,15 @@ def coloured(picture: np.ndarray, rgb: tuple[float, float, float]) -> int:
 
 def test_truth_of_a_stacked_cup_is_a_success():
     trial = make_trial(load(Task, "stack_cups"), 0)
-    judge, top = judge_of(trial), trial.workcell.table.centre_xyz[2]
+    judge, top = judge_for(trial), trial.workcell.table.centre_xyz[2]
     still = {"quaternion": [1.0, 0.0, 0.0, 0.0], "velocity": [0.0] * 6}
     objects = {prop.name: {"position": [*prop.xy, top], **still} for prop in trial.workcell.props}
-    judge.update(0.0, things({"objects": objects}), np.array([0.3, 0.0, top + 0.5]))
+    judge.update(0.0, things_in({"objects": objects}), np.array([0.3, 0.0, top + 0.5]))
     assert not judge.success and not judge.partial
     moved, target = (objects[trial.task.named(role)] for role in ("moved", "target"))
     moved["position"] = [*target["position"][:2], top + 0.05]
     for time_s in (1.0, 1.6):
-        judge.update(time_s, things({"objects": objects}), np.array([0.3, 0.0, top + 0.5]))
+        judge.update(time_s, things_in({"objects": objects}), np.array([0.3, 0.0, top + 0.5]))
     assert judge.success and judge.partial and judge.success_s == 1.6
 
 
