@@ -104,6 +104,9 @@ class Simulation(Strict):
     )
     split: Literal["seen", "unseen"] = Field("seen", description="of the task's trial")
     watchdog: bool = Field(True, description="communication watchdog and reflexes like the real robot's")
+    wait_for_camera: bool = Field(
+        False, description="simulated time stands until each picture is taken: none is lost on a slow machine"
+    )
 
 
 class Robot(Strict):

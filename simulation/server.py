@@ -36,6 +36,7 @@ from simulation.workcell import build, place_prop, place_props, signature, strip
 
 PATIENT_FROM = 5  # commands owed from which each further tick waits
 PATIENCE = 0.01  # s; a dead client is still found out after 20 ticks, 0.15 s of wall time
+CAMERA_PATIENCE = 0.5  # s of wall time for which simulated time stands still for a picture
 CATCH_UP = 0.005  # s: how far behind its deadline the loop may fall before simulated time gives way
 _MODES = {
     RobotMode.kOther: "other",
@@ -345,6 +346,7 @@ def run(options: Options) -> None:
             # A busy machine is not a broken cable: a client that fell behind gets wall time, not simulated.
             if max(arm.owed() for arm in simulator.arms.values()) > PATIENT_FROM:
                 time.sleep(PATIENCE)
+            _await_camera(simulator, control)
             deadline += TICK
             delay = deadline - time.monotonic()
             if delay > 0:
@@ -354,6 +356,18 @@ def run(options: Options) -> None:
     finally:
         control.close()
         simulator.close()
+
+
+def _await_camera(simulator: Simulator, control: ControlServer) -> None:
+    """Stand still at a reader's limit; not for long, for the reader may be dead."""
+    end = None
+    while simulator.time_s >= simulator.state.limit_s():
+        end = end or time.monotonic() + CAMERA_PATIENCE
+        if time.monotonic() > end:
+            simulator.state.lift_limit()
+            return
+        control.serve()
+        time.sleep(TICK / 2)
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 A file in /dev/shm holds a header, static facts as JSON, and one block of numbers under a sequence lock: the
 writer makes the sequence odd, writes, makes it even; a reader copies and tries again if the sequence moved.
+The other way goes one number: the time that simulated time may reach before the camera has its picture.
 The writer holds an exclusive `flock` on the file, so a file left by a killed simulator is told from a living
 one at once. Needs numpy only. The order of plain stores is relied upon (x86-64).
 """
@@ -9,6 +10,7 @@ one at once. Needs numpy only. The order of plain stores is relied upon (x86-64)
 import contextlib
 import fcntl
 import json
+import math
 import mmap
 import os
 import re
@@ -21,9 +23,9 @@ import numpy as np
 
 FOLDER = Path("/dev/shm")
 _MAGIC = b"VIPRASIM"
-_LAYOUT = 2
+_LAYOUT = 3
 _HEADER = 4096  # bytes: magic, layout, JSON length, JSON
-_SEQUENCE, _WALL_NS, _STOPPED, _TRIAL = 0, 1, 2, 3  # int64 slots after the header
+_SEQUENCE, _WALL_NS, _STOPPED, _TRIAL, _LIMIT_US = 0, 1, 2, 3, 4  # int64 slots after the header
 _SLOTS = 8
 
 
@@ -139,6 +141,15 @@ class StateWriter:
         """The instants from now on are of this trial of `Facts.task`."""
         self._block.slots[_TRIAL] = 2 * seed + (split == "unseen")
 
+    def limit_s(self) -> float:
+        """Simulated time that a reader asked not to go beyond; inf: none did."""
+        limit = int(self._block.slots[_LIMIT_US])
+        return 1e-6 * limit if limit else math.inf
+
+    def lift_limit(self) -> None:
+        """Until a reader asks again."""
+        self._block.slots[_LIMIT_US] = 0
+
     def close(self) -> None:
         """Tell readers that the simulator has stopped and give the name back."""
         if self._block is not None:
@@ -195,6 +206,10 @@ class SharedState:
         """Split and seed of the trial that is set up, where `facts.task` names a task."""
         seed, unseen = divmod(int(self._block.slots[_TRIAL]), 2)
         return ("unseen" if unseen else "seen"), seed
+
+    def limit(self, time_s: float) -> None:
+        """Simulated time shall stand at `time_s` until a later limit is set; inf: no limit. One reader's."""
+        self._block.slots[_LIMIT_US] = 0 if time_s == math.inf else round(1e6 * time_s)
 
     def age_s(self) -> float:
         """Wall time since the last write, s. A running simulator writes every few milliseconds."""

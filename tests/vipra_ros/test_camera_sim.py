@@ -1,6 +1,7 @@
 """The simulated camera against the real simulator: pictures on simulated time, `/clock`, and its end."""
 
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -50,6 +51,27 @@ def test_pictures_are_stamped_in_simulated_time_at_the_asked_rate(simulator):
     assert (steps >= 0.1 * (1 + skipped) - 0.1).all() and frames[-1].stamp_s - frames[0].stamp_s >= 0.35
     assert frames[0].rgb.shape == (90, 160, 3) and frames[0].rgb.std() > 10, "something is in view"
     assert lens.cx == 80 and lens.cy == 45
+
+
+def test_simulated_time_waits_for_a_slow_camera_and_goes_on_without_a_dead_one(simulator):
+    graph, child = simulator
+    clock = SimulatedClock(graph.slot.name)
+    source = SimSource(load(Workcell, "bimanual"), graph.slot.name, 160, 90, 50.0, clock, waited_for=True)
+    source.open()
+    frames = []
+    while len(frames) < 6:
+        if (frame := source.grab(2.0)) is not None:
+            frames.append(frame)
+            time.sleep(0.1)  # a renderer five times too slow
+            assert clock.now() <= frame.stamp_s + 0.021
+    assert [frame.dropped for frame in frames[1:]] == [0] * 5
+    np.testing.assert_allclose(np.diff([frame.stamp_s for frame in frames]), 0.02, atol=0.0011)
+    stuck = clock.now()
+    wait_for(
+        lambda: clock.now() > stuck + 0.1, 20, "time that goes on: the camera takes no pictures", [child]
+    )
+    source.close()
+    clock.close()
 
 
 def test_a_still_scene_is_not_a_frozen_camera_and_ros_time_is_published(simulator, tmp_path):

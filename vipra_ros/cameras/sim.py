@@ -16,16 +16,25 @@ from vipra_ros.cameras.source import CameraError, Clock, Frame, Intrinsics, wait
 
 
 class SimSource:
-    """Pictures at multiples of 1 / `rate_hz` of simulated time, skipped where rendering falls behind."""
+    """Pictures at multiples of 1 / `rate_hz` of simulated time. Where rendering falls behind, pictures are
+    skipped, or with `waited_for` simulated time waits for them.
+    """
 
     # Arms at rest render identically, to the bit. A stopped simulator stops the stamps instead.
     noisy = False
 
     def __init__(
-        self, workcell: Workcell, state_name: str, width: int, height: int, rate_hz: float, clock: Clock
+        self,
+        workcell: Workcell,
+        state_name: str,
+        width: int,
+        height: int,
+        rate_hz: float,
+        clock: Clock,
+        waited_for: bool = False,
     ):
         self._workcell, self._state_name, self._size = workcell, state_name, (width, height)
-        self._period_s, self._clock = 1.0 / rate_hz, clock
+        self._period_s, self._clock, self._waited_for = 1.0 / rate_hz, clock, waited_for
         self._renderer = None
 
     def open(self) -> Intrinsics:
@@ -57,6 +66,8 @@ class SimSource:
     def grab(self, timeout_s: float) -> Frame | None:
         if not wait_until(self._clock, self._due * self._period_s, timeout_s):
             return None
+        if self._waited_for:  # the next picture is that of the next moment, however long this one takes
+            self._renderer.state.limit((self._due + 1) * self._period_s)
         try:
             rgb, stamp_s = self._renderer.render()
         except (OSError, TimeoutError, RuntimeError, ValueError) as error:
@@ -64,7 +75,8 @@ class SimSource:
         if self._renderer.state.trial() != self._trial:
             self.open()
             return None
-        behind = max(0, math.floor(self._clock.now() / self._period_s) - self._due)
+        now_s = stamp_s if self._waited_for else self._clock.now()
+        behind = max(0, math.floor(now_s / self._period_s) - self._due)
         self._due += behind + 1
         if stamp_s <= self._stamp_s:
             return None
@@ -73,5 +85,7 @@ class SimSource:
 
     def close(self) -> None:
         if self._renderer is not None:
+            if self._waited_for:
+                self._renderer.state.limit(math.inf)
             self._renderer.close()
             self._renderer = None

@@ -74,8 +74,9 @@ def make_source(robot: Robot, clock: Clock) -> Source:
         case "sim":
             from vipra_ros.cameras.sim import SimSource
 
+            workcell, simulation = load(Workcell, robot.workcell), robot.simulation
             return SimSource(
-                load(Workcell, robot.workcell), robot.simulation.name, *size, camera.rate_hz, clock
+                workcell, simulation.name, *size, camera.rate_hz, clock, simulation.wait_for_camera
             )
         case "file":
             from vipra_ros.cameras.file import FileSource

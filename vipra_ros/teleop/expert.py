@@ -345,7 +345,8 @@ def demonstrate(wanted: Wanted, robot: str, root: Path, tell: Callable[[str], No
         }
         hosts = {f"arms.{arm}.hostname": slot.host(i + 1) for i, arm in enumerate(arms)}
         names = {"simulation.name": slot.name, "simulation.task": wanted.task.name}
-        graph = bringup.describe("teleop", given, {**hosts, **names, "simulation.split": wanted.split})
+        paced = {"simulation.split": wanted.split, "simulation.wait_for_camera": True}
+        graph = bringup.describe("teleop", given, {**hosts, **names, **paced})
         tell(f"starting {', '.join(p.name for p in graph.processes)}; logs in {folder}")
         environment = {"ROS_DOMAIN_ID": str(slot.domain)}
         children = stack.enter_context(bringup.running(graph, folder, environment))
