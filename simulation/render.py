@@ -101,15 +101,32 @@ def project(workcell: Workcell, points: np.ndarray, width: int, height: int) -> 
 
 
 class Painter:
-    """One MuJoCo scene and its GL context. meshes: name -> decimated file, or None for full quality."""
+    """One MuJoCo scene and its GL context. meshes: name -> decimated file, or None for full quality.
 
-    def __init__(self, workcell: Workcell, width: int, height: int, meshes: dict[str, Path] | None):
+    part: rows and columns of the picture, which alone are drawn; the same pixels as cut out of all of it.
+    """
+
+    def __init__(
+        self,
+        workcell: Workcell,
+        width: int,
+        height: int,
+        meshes: dict[str, Path] | None,
+        part: tuple[slice, slice] | None = None,
+    ):
         self.live = meshes is not None
+        rows, columns = part or (slice(0, height), slice(0, width))
+        # in half heights of the picture, as frusta are given: top, bottom, centre from left to right
+        self._frustum = (
+            1 - 2 * rows.start / height,
+            1 - 2 * rows.stop / height,
+            (columns.start + columns.stop - width) / height,
+        )
         self.workcell = workcell
         scene, assets = scenery(workcell, width, height, meshes)
         self.model = mujoco.MjModel.from_xml_string(ET.tostring(scene, encoding="unicode"), assets)
         self.data = mujoco.MjData(self.model)
-        self.renderer = mujoco.Renderer(self.model, height, width)
+        self.renderer = mujoco.Renderer(self.model, rows.stop - rows.start, columns.stop - columns.start)
         self._props = [
             (self.model.body(p.name).id, _disc_radius(p)) for p in workcell.props if p.kind != "cloth"
         ]
@@ -125,6 +142,10 @@ class Painter:
         mujoco.mj_flex(model, data)
         renderer.update_scene(data, CAMERA, self._options)
         scene = renderer.scene
+        for camera in scene.camera:
+            top = camera.frustum_top
+            top, camera.frustum_bottom, camera.frustum_center = (top * x for x in self._frustum)
+            camera.frustum_top = top
         scene.flags[int(mujoco.mjtRndFlag.mjRND_SHADOW)] = not self.live
         scene.flags[int(mujoco.mjtRndFlag.mjRND_REFLECTION)] = False
         if self.live:

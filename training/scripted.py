@@ -208,7 +208,7 @@ class Film:
         painter = self._painter(trial)
         frames = []
         for qpos in played.qpos:
-            part = cut(painter.paint(qpos.astype(float)), self._embodiment.crop)
+            part = painter.paint(qpos.astype(float))
             frames.append(fit(part, (self._size, self._size)) if self._size else part)
         return trial.instruction, np.stack(frames), self._places(trial, painter, played)
 
@@ -216,7 +216,9 @@ class Film:
         key = str([(prop.name, prop.kind) for prop in trial.workcell.props])
         if key not in self._painters:
             camera = self._robot.camera
-            self._painters[key] = render.Painter(trial.workcell, camera.width, camera.height, self._meshes)
+            size = camera.height, camera.width
+            part = self._embodiment.crop.of(*size) if self._embodiment.crop else None
+            self._painters[key] = render.Painter(trial.workcell, *size[::-1], self._meshes, part)
         for prop in trial.workcell.props:
             self._painters[key].model.material(prop.name).rgba[:3] = prop.rgb
         return self._painters[key]

@@ -18,6 +18,7 @@ from training.sim import OutOfTime, Plan, check_gate, checkpoints
 SCRIPT = """
 import sys
 from pathlib import Path
+import simulation.render as render
 from training.scripted import Demonstrator, film, make_trial, play, read_states, shard_path, write_shard
 import numpy as np
 from config.embodiment import Embodiment
@@ -25,6 +26,7 @@ from config.loading import load
 from config.robot import Robot
 from config.task import Task
 from episodes.reader import Dataset
+from policy_server.images import cut
 from training.seen import ABSENT, PLACES
 
 out, robot, body = Path(sys.argv[1]), load(Robot, "sim_single"), load(Embodiment, "franka_single_workspace")
@@ -43,6 +45,14 @@ data = Dataset(out / "videos")
 assert again == len(data) == 1 and data.vectors == (PLACES,), "videos carry no actions"
 frames = data.frames(0, data.cameras[0], [0, 5])
 assert frames.shape == (2, 224, 224, 3) and frames.std() > 20
+size = robot.camera.width, robot.camera.height
+meshes = render.live_meshes(Path.home() / ".cache" / "vipra_ros")
+whole = render.Painter(trial.workcell, *size, meshes)
+seen = cut(whole.paint(played.qpos[5].astype(float)), body.crop).astype(int)
+whole.close()
+part = render.Painter(trial.workcell, *size, meshes, body.crop.of(*size[::-1]))
+assert np.abs(part.paint(played.qpos[5].astype(float)) - seen).max() <= 1, "the crop, drawn alone"
+assert np.abs(frames[1] - seen).mean() < 4, "and encoded"
 places = data.values(0, PLACES).reshape(-1, 5, 3)[0]
 assert (places[1:, 2] == ABSENT).sum() == 1 and np.abs(places[0] - played.hands[0, 0]).max() < 1e-4
 none = film(
