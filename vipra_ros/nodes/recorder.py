@@ -1,9 +1,9 @@
 """Recorder node: demonstrations from the live topics to a LeRobotDataset.
 
-Takes `/front_camera/image_raw`, `/<arm>/joint_states`, `/<arm>/joint_reference` and `/arms/status`; services
-`~/start`, `~/stop`, `~/keep`, `~/discard`, `~/undo`, `~/retry`, `~/pause`; parameters `task` and `target`,
-which may change between episodes; `~/status`. Frames are encoded in a thread of their own, so that no message
-waits for a disk. Timers run on the steady clock and stamps are executor time.
+Takes `/front_camera/image_raw`, `/<arm>/joint_states`, `/<arm>/joint_reference`, `/arms/status` and, where it
+runs, `/teleop/status`; services `~/start`, `~/stop`, `~/keep`, `~/discard`, `~/undo`, `~/retry`, `~/pause`;
+parameters `task` and `target`, which may change between episodes; `~/status`. Frames are encoded in a thread
+of their own, so that no message waits for a disk. Timers run on the steady clock and stamps are executor time.
 """
 
 import contextlib
@@ -87,7 +87,13 @@ class RecorderNode(Node):
         self._status = self.create_publisher(DiagnosticStatus, "~/status", latched)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(Image, "/front_camera/image_raw", self._on_image, images)
-        self.create_subscription(DiagnosticStatus, "/arms/status", self._on_arms, latched)
+        for node, heard in (("arms", self._session.on_arms), ("teleop", self._session.on_teleop)):
+            self.create_subscription(
+                DiagnosticStatus,
+                f"/{node}/status",
+                lambda message, heard=heard: heard(_state(message), message.message),
+                latched,
+            )
         for arm in hands:
             for topic, add in (
                 ("joint_states", self._synchronizer.add_state),
@@ -165,10 +171,6 @@ class RecorderNode(Node):
             return
         add(arm, seconds(message.header.stamp), np.array(message.position))
 
-    def _on_arms(self, message: DiagnosticStatus) -> None:
-        state = next((v.value for v in message.values if v.key == "state"), "")
-        self._session.on_arms(state, message.message)
-
     def _on_parameters(self, parameters: list) -> SetParametersResult:
         try:
             changed = [p for p in parameters if p.name in ("task", "target")]
@@ -234,6 +236,10 @@ class RecorderNode(Node):
         message = DiagnosticArray(status=[self._make_status()])
         message.header.stamp = stamp(self._executor_clock.now())
         self._diagnostics.publish(message)
+
+
+def _state(message: DiagnosticStatus) -> str:
+    return next((v.value for v in message.values if v.key == "state"), "")
 
 
 def main() -> int:

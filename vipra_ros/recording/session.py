@@ -19,10 +19,13 @@ from vipra_ros.recording.worker import Worker
 
 FRESH_S = 0.5  # a stream without a sample for this long is silent
 LOST_S = 2.0  # silent for this long, it ends the episode
+HELD_S = 0.5  # arms that nobody commands for this long flag the episode
 WAITING = "waiting for camera and arms"
-GRAVE = frozenset(("frozen", "gap", "dropped", "lost", "stopped"))  # kinds that need a second ~/keep
+GRAVE = frozenset(("frozen", "gap", "dropped", "lost", "stopped", "held"))  # kinds that need a second ~/keep
 _DISK_EVERY_S = 0.5
 _STOPPED = ("FAULT", "STOPPING", "STOPPED", "RECOVERING")
+_HELD = ("HOLDING", "IDLE")
+_ASKED = ("PAUSED", "OFF")  # states of teleoperation in which the operator let the arms go
 
 
 class State(enum.Enum):
@@ -61,6 +64,8 @@ class Session:
         self._discarded = False  # the last episode is still there, for undo
         self._events: list[Finding] = []  # that only the live streams show
         self._arms: tuple[str, str] = ("", "")
+        self._teleop: tuple[str, str] = ("", "")
+        self._held_since = np.inf
         self._errors: list[float] = []
         self._disk_at, self._free_mb = -np.inf, np.inf
 
@@ -135,6 +140,7 @@ class Session:
             self.state, self.message = State.PAUSED, "paused"
         elif self.state is State.PAUSED:
             self._synchronizer.begin()
+            self._held_since = np.inf
             self.state, self.message = State.RECORDING, "recording"
         else:
             raise Refused(f"nothing is being recorded ({self.state.value}): start first")
@@ -153,6 +159,10 @@ class Session:
         if state in _STOPPED and self.state in (State.RECORDING, State.PAUSED):
             self._events.append(Finding("stopped", f"arms {state}: {reason}", self.frames, self.frames))
             self._finish("ended: the arms stopped")
+
+    def on_teleop(self, state: str, reason: str) -> None:
+        """Status of the teleop node, where there is one: it tells a clutch from a leader that was lost."""
+        self._teleop = state, reason
 
     def poll(self, now: float) -> None:
         """Move complete frames on, and go on with what waits. Call often."""
@@ -182,6 +192,8 @@ class Session:
             found.append(f"disk nearly full: {self._free_mb:.0f} MB left at {self._root}")
         if self._arms[0] in _STOPPED:
             found.append(f"arms {self._arms[0]}: {self._arms[1]}")
+        if self.state is State.RECORDING and (held := self._held()):
+            found.append(held)
         if self._worker.error:
             found.append(self._worker.error)
         return found
@@ -219,6 +231,7 @@ class Session:
         self._discarded = self._asked = False
         self.frames = self.repeated = 0
         self._events, self._errors = [], []
+        self._held_since = np.inf
         self._synchronizer.begin()
         self.state, self.message = State.RECORDING, "recording"
 
@@ -232,6 +245,7 @@ class Session:
             self.frames += 1
             self.repeated += frame.repeated
             self._errors.append(frame.sync_error_s)
+        self._watch_commands(now)
         silent = self._silent(now, LOST_S)
         if self._synchronizer.jumped:
             self._events.append(Finding("lost", "the clock began anew", self.frames, self.frames))
@@ -246,6 +260,20 @@ class Session:
             self._finish(f"ended: disk nearly full, {self._free_mb:.0f} MB left; keep saves what there is")
         elif self.length_s >= self._config.max_episode_s:
             self._finish(f"ended after {self._config.max_episode_s:g} s")
+
+    def _held(self) -> str:
+        """Why the arms hold though the operator did not let them go; "" if they do not."""
+        if self._arms[0] not in _HELD or self._teleop[0] in _ASKED:
+            return ""
+        state, reason = self._teleop if self._teleop[0] == "LOST" else self._arms
+        return f"arms held: {state}: {reason}"
+
+    def _watch_commands(self, now: float) -> None:
+        """A clutch or a late chunk is a rest at most; arms that nobody commands are a finding."""
+        held = self._held()
+        self._held_since = min(self._held_since, now) if held else np.inf
+        if now - self._held_since > HELD_S and not any(f.kind == "held" for f in self._events):
+            self._events.append(Finding("held", held, self.frames, self.frames))
 
     def _finish(self, why: str) -> None:
         self._synchronizer.end()

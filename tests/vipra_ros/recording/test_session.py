@@ -135,6 +135,37 @@ def test_lost_pictures_and_a_stopped_arm_flag_the_episode(rig):
         rig.session.retry(rig.streams.now)
 
 
+@pytest.mark.parametrize(
+    ("arms", "teleop", "flagged"),
+    [
+        ("HOLDING", ("LOST", "right leader silent"), "arms held: LOST: right leader silent"),
+        ("HOLDING", ("FOLLOWING", "following"), "arms held: HOLDING: let go"),  # its node died
+        ("IDLE", ("", ""), "arms held: IDLE: let go"),  # no teleoperation runs
+        ("IDLE", ("PAUSED", "clutch"), ""),
+        ("RUNNING", ("LOST", "right leader silent"), ""),  # another commander
+    ],
+)
+def test_arms_that_lost_their_commands_flag_the_episode(rig, arms, teleop, flagged):
+    rig.session.on_arms("RUNNING", "running")
+    rig.session.start(rig.streams.now)
+    rig.run(0.2)
+    rig.session.on_arms("HOLDING", "out of actions")  # for the length of a late chunk: the arms go on
+    rig.run(0.3)
+    rig.session.on_arms("RUNNING", "running")
+    rig.run(0.1)
+    rig.session.on_teleop(*teleop)
+    rig.session.on_arms(arms, "let go")
+    rig.run(0.6)
+    assert rig.session.warnings(rig.streams.now) == ([flagged] if flagged else [])
+    rig.session.stop()
+    assert rig.settle() is State.PENDING
+    assert [f.text for f in rig.session.flags] == ([flagged] if flagged else [])
+    if flagged:
+        with pytest.raises(Refused, match="keep again"):
+            rig.session.keep()
+    assert rig.keep() is State.IDLE
+
+
 def test_discard_undo_retry_and_pause(rig):
     rig.record(1.5)
     rig.session.discard()
