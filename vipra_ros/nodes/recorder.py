@@ -3,7 +3,7 @@
 Takes `/front_camera/image_raw`, `/<arm>/joint_states`, `/<arm>/joint_reference`, `/arms/status` and, where it
 runs, `/teleop/status`; services `~/start`, `~/stop`, `~/keep`, `~/discard`, `~/undo`, `~/retry`, `~/pause`;
 parameters `task` and `target`, which may change between episodes; `~/status`. Frames are encoded in a thread
-of their own, so that no message waits for a disk. Timers run on the steady clock and stamps are executor time.
+of their own, so that no message waits for a disk. Timers run on the steady clock; stamps are executor time.
 """
 
 import contextlib
@@ -78,6 +78,7 @@ class RecorderNode(Node):
         self._synchronizer = Synchronizer(rate_hz, robot.camera.rate_hz, hands)
         self._session = Session(self._config, self._synchronizer, self._worker, root)
         self._root = root
+        self._raw: RawLog | None = None
         self._told = ""
         self.add_on_set_parameters_callback(self._on_parameters)
 
@@ -135,7 +136,8 @@ class RecorderNode(Node):
         for arm in arms:
             topics |= {f"/{arm}/joint_{kind}": JointState for kind in ("states", "reference")}
             topics[f"/{arm}/joint_command"] = JointTrajectory
-        log = RawLog(self._root / "raw" / f"{time.strftime('%Y%m%d-%H%M%S')}.mcap", topics)
+        path = self._root / "raw" / f"{time.strftime('%Y%m%d-%H%M%S')}.mcap"
+        log = self._raw = RawLog(path, topics, self._config.reserve_mb)
         self._resources.callback(log.close)
         for topic, kind in topics.items():
             best_effort = qos_profile_sensor_data if kind is CameraInfo else qos
@@ -208,6 +210,8 @@ class RecorderNode(Node):
     def _make_status(self) -> DiagnosticStatus:
         session, worker = self._session, self._worker
         warnings = session.warnings(self._executor_clock.now())
+        if self._raw and self._raw.ended:
+            warnings.append(self._raw.ended)
         length, findings = session.last
         values = {
             "state": session.state.value,

@@ -3,15 +3,19 @@
 The messages' definitions go along, so that the file needs no ROS to be read.
 """
 
+import contextlib
 import os
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from config.loading import ConfigError
 
 _FIELD = re.compile(r"^([a-zA-Z]\w*/[A-Z]\w*|[A-Z]\w*)(?:\[.*?\])?\s+\w+", re.MULTILINE)
 _RULE = "\n" + "=" * 80 + "\n"
+_LOOK_EVERY = 2**20  # bytes of messages between two looks at the free disk
 
 
 def definition(package: str, name: str) -> str:
@@ -41,9 +45,18 @@ def _file(package: str, name: str) -> Path:
 
 
 class RawLog:
-    """One MCAP file. `add` takes serialised messages, `close` completes it."""
+    """One MCAP file. `add` takes serialised messages, `close` completes it.
 
-    def __init__(self, path: Path, topics: dict[str, type]):
+    It ends by itself where the disk is full: episodes matter more.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        topics: dict[str, type],
+        reserve_mb: float = 0.0,
+        free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    ):
         """topics: name -> message class. Raises ConfigError where the package mcap is not installed."""
         try:
             from mcap.writer import Writer
@@ -52,6 +65,9 @@ class RawLog:
                 "raw: the package mcap is not installed: pip install 'vipra_ros[raw]'"
             ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.ended = ""  # why nothing is logged any more
+        self._path, self._reserve_mb, self._free_bytes = path, reserve_mb, free_bytes
+        self._unlooked = _LOOK_EVERY
         self._file = path.open("wb")
         self._writer = Writer(self._file, chunk_size=2**18)
         self._writer.start("ros2", "vipra_ros")
@@ -67,10 +83,27 @@ class RawLog:
             self._channels[topic] = self._writer.register_channel(topic, "cdr", schemas[kind])
 
     def add(self, topic: str, data: bytes, time_s: float) -> None:
-        """A message, serialised (CDR), received at executor time `time_s`."""
+        """A message, serialised (CDR), received at executor time `time_s`. Nothing once it has `ended`."""
+        if self.ended:
+            return
         stamp = round(time_s * 1e9)
-        self._writer.add_message(self._channels[topic], stamp, data, stamp)
+        try:
+            self._writer.add_message(self._channels[topic], stamp, data, stamp)
+            self._unlooked += len(data)
+            if self._unlooked > _LOOK_EVERY:
+                self._unlooked, free_mb = 0, self._free_bytes(self._path.parent) / 1e6
+                if free_mb < self._reserve_mb:
+                    self._end(f"{free_mb:.0f} MB left, {self._reserve_mb:g} MB are kept for episodes")
+        except OSError as error:
+            self._end(str(error))
 
     def close(self) -> None:
-        self._writer.finish()
-        self._file.close()
+        if not self.ended:
+            self._end("closed")
+
+    def _end(self, why: str) -> None:
+        self.ended = f"raw log ended: {self._path}: {why}"
+        with contextlib.suppress(OSError):
+            self._writer.finish()
+        with contextlib.suppress(OSError):
+            self._file.close()

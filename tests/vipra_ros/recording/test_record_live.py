@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from mcap.reader import make_reader
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image, JointState
 
@@ -131,7 +133,7 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
     robot_in, cups = ["--robot", robot, "--target", "3"], tmp_path / "cups"
     streams = Robot(graph)
     try:
-        terminal = Terminal(graph, str(cups), "--task", "stack the cups", *robot_in, cwd=tmp_path)
+        terminal = Terminal(graph, str(cups), "--task", "stack the cups", "--raw", *robot_in, cwd=tmp_path)
         terminal.wait("ready")
         terminal.key("k", "cannot keep now (IDLE): start first")
         terminal.key(" ", "recording episode 1: stack the cups")
@@ -152,6 +154,11 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
     data = Dataset(cups)
     length = data.rows[0].length
     assert length > 20
+    (log,) = (cups / "raw").glob("*.mcap")
+    with log.open("rb") as file:
+        logged = Counter(channel.topic for _, channel, _ in make_reader(file).iter_messages())
+    wanted = {f"/{arm}/joint_{kind}" for arm in ARMS for kind in ("states", "reference")}
+    assert set(logged) == wanted | {"/arms/status"} and min(logged[topic] for topic in wanted) > 100
     captured = data.values(0, demonstration.CAPTURE)
     states, actions = data.values(0, demonstration.STATE), data.values(0, demonstration.ACTION)
     pictures = data.frames(0, demonstration.CAMERA, range(length))
