@@ -3,11 +3,12 @@
     SET_UP   the reset text is shown           Enter starts the policy
     RUNNING  the policy moves the arms         s, p, f, a end the trial and score it; the limit ends it too
     SCORE    stopped, not scored yet           s, p, f, a
-    SCORED   scored, not yet kept              Enter keeps it and goes on, u takes the score back, n notes
+    SCORED   scored, not yet kept              k keeps it and goes on, u takes the score back, n notes
     DONE     every trial is scored
 
 At any time space stops the arms at once (`Do.HALT`, latched; the emergency stop is the hardware's).
-In SET_UP u reopens the trial before this one. A key that means nothing here does nothing but say so.
+In SET_UP u reopens the trial before this one. A key that means nothing here does nothing but say so. No key
+that is pressed twice does two things: nothing but Enter moves the arms, and Enter does nothing else.
 """
 
 import enum
@@ -42,8 +43,8 @@ KEYS = {
     Phase.SET_UP: "Enter start, u reopen the last trial, space stop the arms, q leave",
     Phase.RUNNING: "s success, p partial, f fail, a abort, space stop the arms",
     Phase.SCORE: "s success, p partial, f fail, a abort, n note",
-    Phase.SCORED: "Enter keep and go on, u undo, n note, q keep and leave",
-    Phase.DONE: "u reopen the last trial, q or Enter leave",
+    Phase.SCORED: "k keep and go on, u undo, n note, q keep and leave",
+    Phase.DONE: "u reopen the last trial, q leave",
 }
 
 
@@ -112,7 +113,7 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
         if key == "n":
             return session, [Do.NOTE]
     elif session.phase is Phase.SCORED:
-        if key in ENTER or key == "q":
+        if key in ("k", "q"):
             return _next(session), [Do.KEEP, *([Do.LEAVE] if key == "q" else [])]
         if key == "u":
             aborted = session.score == "aborted"
@@ -123,7 +124,7 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
     elif session.phase is Phase.DONE:
         if key == "u":
             return _reopen(session)
-        if key in ENTER or key == "q":
+        if key == "q":
             return session, [Do.LEAVE]
     return replace(session, hint=f"{key!r} does nothing here: {KEYS[session.phase]}"), []
 

@@ -27,7 +27,7 @@ from vipra_ros.evaluation.live import run
 from vipra_ros.process import ProcessError, die_with_parent
 
 KEYS = {
-    **{"start": "\n", "keep": "\n", "success": "s", "partial": "p", "fail": "f", "abort": "a"},
+    **{"start": "\n", "keep": "k", "success": "s", "partial": "p", "fail": "f", "abort": "a"},
     **{"undo": "u", "halt": " ", "leave": "q"},
 }
 PARAMETERS = {

@@ -28,8 +28,8 @@ def test_services_are_keys_in_the_order_they_were_called():
             future = client.call_async(Trigger.Request())
             wait_for(future.done, 20.0, name)
             assert future.result().success
-        assert [next(pressed) for _ in range(4)] == ["\n", "s", "\n", " "]
-        assert {"s", "p", "f", "a", "u", "q", " ", "\n"} == set(KEYS.values())
+        assert [next(pressed) for _ in range(4)] == ["\n", "s", "k", " "]
+        assert sorted(KEYS.values()) == sorted("spfakuq \n")  # none has two meanings
 
 
 def test_the_launch_file_offers_every_parameter():

@@ -39,14 +39,14 @@ def test_a_trial_is_started_scored_and_kept(key, success, partial, interventions
     result = session.result("stack")
     assert (result.success, result.partial, result.interventions) == (success, partial, interventions)
     assert result.ended == ended and result.seconds == 1.0
-    session, done = after("\n", session)
+    session, done = after("k", session)
     assert done == [Do.KEEP] and session.key == TRIALS[1] and session.phase is Phase.SET_UP
 
 
 def test_a_wrong_key_is_undone_before_and_after_it_is_kept():
     session, _ = after("\nau")
     assert session.phase is Phase.SCORE and session.interventions == 0
-    session, done = after("s\n", session)
+    session, done = after("sk", session)
     assert done == [Do.KEEP] and session.at == 1
     before = operator.replace(session, at=0, score="success", seconds=1.0).result("stack")
     session, done = after("u", session)
@@ -59,10 +59,19 @@ def test_a_wrong_key_is_undone_before_and_after_it_is_kept():
 
 
 def test_keys_that_mean_nothing_do_nothing_but_say_so():
-    for phase, keys in ((Phase.SET_UP, "spfanx"), (Phase.RUNNING, "\nunqx"), (Phase.SCORE, "\nuqx")):
+    for phase, keys in ((Phase.SET_UP, "kspfanx"), (Phase.RUNNING, "\nkunqx"), (Phase.SCORE, "\nkuqx")):
         for key in keys:
             session, done = operator.press(Session(TRIALS, 30.0, phase=phase), key, 1.0)
             assert not done and session.phase is phase and operator.KEYS[phase] in session.hint
+
+
+def test_a_key_that_bounces_neither_starts_a_trial_nor_leaves_one():
+    every = "\nsk\npk\nfk"
+    session, done = after("".join(2 * key for key in every))
+    assert session.phase is Phase.DONE and done == 3 * [Do.START, Do.STOP, Do.KEEP]
+    assert after("\n\n", session)[1] == []
+    session, _ = after("\ns")
+    assert after("\n\n", session)[1] == [] and after("\n\n", session)[0].phase is Phase.SCORED
 
 
 def test_space_stops_the_arms_in_every_phase():
@@ -134,20 +143,20 @@ def driven(folder, keys, rig, trials=TRIALS, note="slipped"):
 
 def test_a_session_writes_one_result_a_trial_and_can_be_left_and_resumed(tmp_path):
     rig = FakeRig()
-    session, ledger, said = driven(tmp_path, [*"\ns\n", "", *"\nfnq"], rig)
+    session, ledger, said = driven(tmp_path, [*"\nsk", "", *"\nfnq"], rig)
     assert session.at == 2 and [r.success for r in ledger.results()] == [True, False]
     assert ledger.results()[1].note == "slipped" and ledger.results()[0].jerk_rms > 0
     trial = make_trial(load(Task, "stack_cups"), 0)
     assert rig.calls[:2] == [("start", trial.instruction), "stop"]
     assert trial.instruction in said and placing(trial)[0] in said and trial.task.protocol.reset in said
-    session, ledger, _ = driven(tmp_path, [*"u\ns\n\np\n\n"], FakeRig())
+    session, ledger, _ = driven(tmp_path, [*"u\nsk\npkq"], FakeRig())
     assert session.phase is Phase.DONE  # u reopened trial 1; Enter does nothing until it is scored
     assert [(r.success, r.partial) for r in ledger.results()] == [(True, True), (True, True), (False, True)]
 
 
 def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
     rig = FakeRig({2: ("void", "no policy server: gone"), 5: ("fault", "arms FAULT: reflex")})
-    session, ledger, said = driven(tmp_path, ["\n", "", "", "\n", "", "", "f", "\n", "q"], rig, TRIALS[:1])
+    session, ledger, said = driven(tmp_path, ["\n", "", "", "\n", "", "", "f", "k", "q"], rig, TRIALS[:1])
     assert session.phase is Phase.DONE
     assert ledger.voids()[0]["reason"] == "no policy server: gone" and "set this trial up again" in said
     (result,) = ledger.results()
@@ -156,7 +165,7 @@ def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
 
 def test_a_refused_start_leaves_the_trial_to_be_set_up_again(tmp_path):
     rig = FakeRig(refuse=1)
-    session, ledger, said = driven(tmp_path, [*"\n\ns\nq"], rig, TRIALS[:1])
+    session, ledger, said = driven(tmp_path, [*"\n\nskq"], rig, TRIALS[:1])
     assert "refused: /policy/start" in said and len(ledger.results()) == 1 and session.phase is Phase.DONE
 
 
