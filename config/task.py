@@ -36,13 +36,13 @@ class TaskObject(Strict):
     kind: Shape | None = Field(description="null: drawn from the split's shapes, all different")
     role: Role = "other"
     colour: Colour | None = Field(None, description="null: drawn from the split's colours, all different")
-    region: Region | None = Field(None, description="where it may lie; null: the split's region")
 
 
 class Split(Strict):
     """Where things may lie and what they look like. `seen` is trained on, `unseen` only evaluated."""
 
     region: Region
+    regions: dict[str, Region] = Field({}, description="of single objects by name, instead of `region`")
     colours: tuple[Colour, ...] = Field(min_length=1)
     shapes: tuple[Shape, ...] = Field((), description="of objects without a kind of their own")
     patterns: tuple[Pattern, ...] = Field(("plain",), min_length=1, description="each object draws one")
@@ -93,6 +93,18 @@ class Task(Strict):
                 raise ValueError(f"{name}.colours: {drawn} different colours are needed")
             if len(set(getattr(self, name).shapes)) < shaped:
                 raise ValueError(f"{name}.shapes: {shaped} different shapes are needed")
+            if strangers := set(getattr(self, name).regions) - {o.name for o in self.objects}:
+                raise ValueError(f"{name}.regions: no object is called {min(strangers)}")
+        for text in self.instructions:
+            try:
+                said = text.format(moved="", target="", shape="").strip()
+            except (KeyError, IndexError, ValueError):
+                said = ""
+            if not said:
+                raise ValueError(
+                    f"instructions: {text!r}: say something, with no fields but "
+                    "{moved}, {target} and {shape}"
+                )
         moved = next(o for o in self.objects if o.role == "moved")
         if (moved.kind == "cloth") != (self.kind == "cover"):
             raise ValueError("objects: a cover task moves a cloth, other tasks move none")

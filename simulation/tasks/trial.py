@@ -39,7 +39,8 @@ def make_trial(task: Task, seed: int, split: str = "seen", template: int | None 
         colour = thing.colour or choices.colours[next(drawn)]
         words.append(colour.word)
         shades.append(colour.rgb)
-    places = _places(random, task, [thing.region or choices.region for thing in task.objects])
+    regions = [choices.regions.get(thing.name, choices.region) for thing in task.objects]
+    places = _places(random, task, regions)
     looks = np.random.default_rng([seed, split == "unseen", 1])  # a stream of its own
     shapes = iter(looks.permutation(len(choices.shapes)))
     size_m = choices.cloth_sizes_m[looks.integers(len(choices.cloth_sizes_m))]

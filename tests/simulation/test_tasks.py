@@ -29,7 +29,31 @@ def test_a_seed_is_one_set_up_with_different_colours_and_room_between_the_object
         assert len(set(shades)) == len(shades)
         assert choices & set(trial.instruction.split())
     assert make_trial(task, 0, split) != make_trial(task, 1, split)
-    assert make_trial(task, 0, "seen").workcell != make_trial(task, 0, "unseen").workcell
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_unseen_split_has_places_shades_shapes_and_textures_that_the_seen_one_never_has(name):
+    task = load(Task, name)
+    drawn = {
+        split: [make_trial(task, seed, split).workcell.props for seed in range(60)]
+        for split in ("seen", "unseen")
+    }
+    for look in ("kind", "pattern", "rgb"):
+        seen, unseen = ({getattr(p, look) for props in drawn[s] for p in props} for s in ("seen", "unseen"))
+        assert unseen - seen, look
+    for number, thing in enumerate(task.objects):
+        seen, unseen = (np.array([props[number].xy for props in drawn[s]]) for s in ("seen", "unseen"))
+        region = task.seen.regions.get(thing.name, task.seen.region)
+        low, high = np.array(region.min_xy), np.array(region.max_xy)
+        assert ((seen >= low) & (seen <= high)).all()
+        assert not ((unseen >= low) & (unseen <= high)).all(), f"{thing.name} goes where it never was"
+
+
+@pytest.mark.parametrize("text", ["", "  ", "stack the {colour} cup", "{moved}"])
+def test_an_instruction_that_says_nothing_or_asks_for_the_unknown_is_refused(text):
+    task = load(Task, "stack_cups").model_dump()
+    with pytest.raises(ValueError, match="instructions"):
+        Task.model_validate(task | {"instructions": (text,)})
 
 
 @pytest.mark.parametrize("name", TASKS[:3])
