@@ -166,9 +166,11 @@ def encode(vqgan: VQGAN, frames: np.ndarray, batch: int = 64) -> np.ndarray:
 
 
 def read_corpus(
-    mixture: Mixture, robot: Embodiment, vqgan: VQGAN, ranks: Ranks, run: Run
+    mixture: Mixture, robot: Embodiment, vqgan: VQGAN, ranks: Ranks, run: Run, relative: bool = False
 ) -> tuple[Corpus, Corpus]:
     """Every episode of the mixture, encoded by all ranks together: (training, held out).
+
+    relative: actions are learned relative to the state, so every episode needs one.
 
     An unreadable episode is skipped, counted and said where the mixture asks for that. Raises
     TrainingError for demonstrations of another robot or rate, DataError for what cannot be read.
@@ -183,6 +185,11 @@ def read_corpus(
             try:
                 episode = reader.episode(index)
                 check_episode(f"{config.path}/{episode.key}", episode, robot)
+                if relative and episode.state is None:
+                    raise TrainingError(
+                        f"{config.path}/{episode.key} has no state for representation: relative: name its "
+                        f"field in data.datasets.{number}.state_key, or choose representation: absolute"
+                    )
                 frames = episode.frames(view, range(episode.length))
             except DataError as error:
                 if mixture.on_error == "raise":

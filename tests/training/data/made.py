@@ -164,6 +164,13 @@ def video(path: Path, episode: int, frames: int, rate: int = 12, codec: str = "l
     return path
 
 
+def pictures(folder: Path, episode: int, frames: int) -> Path:
+    folder.mkdir(parents=True)
+    for index in range(frames):
+        cv2.imwrite(str(folder / f"{index}.png"), picture(episode, index)[..., ::-1])
+    return folder
+
+
 def something(folder: Path, labels: list[str], frames: int = 14) -> Path:
     (folder / "labels").mkdir(parents=True)
     entries = [{"id": str(100 + n), "label": label, "template": label} for n, label in enumerate(labels)]

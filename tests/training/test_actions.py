@@ -1,0 +1,60 @@
+"""What stage 3 takes from datasets as demonstrations, and what it refuses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config.dataset import Mixture
+from config.embodiment import Embodiment
+from models.config import VQGANConfig
+from models.vqgan import VQGAN
+from tests.training.data import made
+from training import distributed
+from training.actions import read_corpus
+from training.run import TrainingError
+
+ROBOT = Embodiment(
+    name="bridge",
+    horizon=4,
+    rate_hz=5,
+    history_seconds=0.2,
+    dimensions=[{"name": f"x{i}", "kind": "joint"} for i in range(6)] + [{"name": "g", "kind": "gripper"}],
+)
+
+
+@pytest.fixture
+def read():
+    """read(path, **options of the dataset, mixture={}) -> (training, held out, what was said)."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(16, (8, 16), 1, 8, 64, norm_groups=4))
+    ranks, said = distributed.start("cpu"), []
+    log = SimpleNamespace(say=said.append, track=lambda items, _: items)
+
+    def call(path, mixture=(), relative=False, **options):
+        data = Mixture(datasets=[{"path": str(path), **options}], **dict(mixture))
+        return *read_corpus(data, ROBOT, vqgan, ranks, log, relative), said
+
+    yield call
+    distributed.stop()
+
+
+def frames(folder, episodes: int = 2, steps: int = 3, name: str = "images"):
+    """Folders of frames with actions, no state and no instruction."""
+    for number in range(episodes):
+        made.pictures(folder / f"episode_{number}" / name, number, steps)
+        np.save(folder / f"episode_{number}" / "actions.npy", made.actions(number, steps))
+    return folder
+
+
+def test_relative_actions_need_a_state(read, tmp_path):
+    folder = frames(tmp_path / "f")
+    train, *_ = read(folder, rate_hz=5)
+    assert len(train.episodes) == 2 and not train.episodes[0, 0].states.any()
+    with pytest.raises(
+        TrainingError, match=r"no state for representation: relative: .*datasets\.0\.state_key"
+    ):
+        read(folder, relative=True, rate_hz=5)
+    train, *_ = read(made.bridge(tmp_path / "bridge", 2), relative=True)
+    assert (train.episodes[0, 1].states == 1).all()
