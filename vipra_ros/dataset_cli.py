@@ -91,6 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         help="in real time through the nodes: GELLO's topics, teleop, arms, camera, recorder",
     )
     generate.add_argument(
+        "--keep-flagged",
+        action="store_true",
+        help="with --real-path: keep what the recorder flags, instead of recording it again",
+    )
+    generate.add_argument(
         "--seconds", type=float, metavar="S", help="end every episode after S, done or not: for a quick look"
     )
     generate.add_argument(
@@ -348,7 +353,11 @@ def _generate(said: argparse.Namespace) -> int:
     robot = load(Robot, name)
     if not robot.simulation or robot.workcell != task.workcell:
         raise ConfigError(f"{name}: {task.name} needs a simulated robot in workcell {task.workcell}")
-    wanted = Wanted(task, robot, said.episodes, said.first_seed, seconds=said.seconds)
+    if said.keep_flagged and not said.real_path:
+        raise ConfigError("--keep-flagged: only with --real-path, nothing is flagged without the recorder")
+    wanted = Wanted(
+        task, robot, said.episodes, said.first_seed, seconds=said.seconds, keep_flagged=said.keep_flagged
+    )
     try:
         with signals_raise():
             if said.real_path:

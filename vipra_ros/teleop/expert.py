@@ -201,10 +201,15 @@ class Operator:
                 tell(f"episode {number}: once more: {error}")
                 continue
             recorder = self._values("recorder")
-            text = "; ".join(filter(None, (f"{recorder['last_length_s']} s", recorder["last_findings"])))
+            flagged = recorder["flagged"] == "true"
+            parts = (
+                "flagged" if flagged else "",
+                f"{recorder['last_length_s']} s",
+                recorder["last_findings"],
+            )
+            text = "; ".join(filter(None, parts))
             done = self._wanted.seconds is not None or judge.success
-            bad = recorder["flagged"] == "true" and not self._wanted.keep_flagged
-            if done and (not bad or attempt):  # a busy machine stays busy
+            if done and (not flagged or self._wanted.keep_flagged):
                 self._keep()
                 tell(f"episode {number}: {text}")
                 return
@@ -212,7 +217,7 @@ class Operator:
             tell(f"episode {number}: once more: {text if done else 'the expert failed'}")
         raise ExpertFailed(
             f"{trial.task.name}, trial {trial.seed}: no episode in {ATTEMPTS} attempts: "
-            "is this machine too busy? Or choose another --first-seed"
+            "is this machine too busy? --keep-flagged keeps what is flagged; or choose another --first-seed"
         )
 
     def _demonstrate(self, trial: Trial, style: int) -> Judge:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from benchmarks.recorder import measure
 from config.loading import load
 from config.robot import Robot
 from config.safety import Safety
+from config.task import Task
 from episodes.demonstration import ACTION, CAMERA, CAPTURE, STATE, SYNC
 from episodes.reader import Dataset
-from vipra_ros.teleop.expert import watching_hands
+from vipra_ros.recording.generate import ATTEMPTS, ExpertFailed, Wanted
+from vipra_ros.teleop.expert import Operator, watching_hands
 
 SECONDS = 2.5  # of each
 
@@ -39,7 +42,7 @@ def lag_s(data: Dataset) -> float:
 
 @pytest.mark.timeout(900)
 def test_the_fast_generator_writes_what_the_recorder_writes(tmp_path):
-    live = generate(tmp_path, "live", "--real-path")
+    live = generate(tmp_path, "live", "--real-path", "--keep-flagged")  # a busy machine loses pictures
     fast = generate(tmp_path, "fast", "--workers", "1")
     assert live.info["features"] == fast.info["features"]
     assert (live.fps, live.info["robot_type"]) == (fast.fps, fast.info["robot_type"]) == (15, "franka_single")
@@ -87,3 +90,42 @@ def test_the_arm_waits_for_a_hand_that_was_told_to_move():
     assert positions == [0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3]
     stuck = list(watching_hands(told, Hand(10_000), 25.0))  # a hand that does nothing is not waited for long
     assert len(told) + 29 <= len(stuck) <= len(told) + 31 and stuck[-1] == told[-1]
+
+
+class Scripted(Operator):
+    """Whose attempts all succeed; the recorder flags those that `flagged` names."""
+
+    def __init__(self, flagged: set[int], keep_flagged: bool):
+        self._wanted = Wanted(
+            load(Task, "stack_cups"), load(Robot, "sim_single"), 1, keep_flagged=keep_flagged
+        )
+        self._flagged, self.done = flagged, []
+
+    def _demonstrate(self, trial, style):
+        self._attempt = style
+        return SimpleNamespace(success=True)
+
+    def _values(self, node):
+        flagged = str(self._attempt in self._flagged).lower()
+        return {"flagged": flagged, "last_length_s": "9.0", "last_findings": ""}
+
+    def _keep(self):
+        self.done.append("kept")
+
+    def _discard(self):
+        self.done.append("dropped")
+
+
+def test_a_flagged_episode_is_kept_where_asked_for_only():
+    said: list[str] = []
+    operator = Scripted({0, 1}, keep_flagged=False)
+    operator.record(0, said.append)
+    assert operator.done == ["dropped", "dropped", "kept"]
+    assert said == [*["episode 0: once more: flagged; 9.0 s"] * 2, "episode 0: 9.0 s"]
+    operator = Scripted(set(range(ATTEMPTS)), keep_flagged=False)
+    with pytest.raises(ExpertFailed, match=r"no episode in 3 attempts: .*--keep-flagged"):
+        operator.record(0, said.append)
+    assert operator.done == ["dropped"] * ATTEMPTS
+    operator = Scripted({0}, keep_flagged=True)
+    operator.record(0, said.append)
+    assert operator.done == ["kept"] and said[-1] == "episode 0: flagged; 9.0 s"
