@@ -25,6 +25,8 @@ from vipra_ros.report.video import Video, jpeg
 SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
 LATCHED = ("FAULT", "STOPPED", "STOPPING")
+HALT_TRIES = 3
+ALARM = "THE ARMS ARE NOT KNOWN TO BE STOPPED: press the hardware's emergency stop"
 Track = list[tuple[float, np.ndarray]]  # stamp s; [7] rad and the hand's opening, if there is one
 
 
@@ -64,52 +66,74 @@ def drive(
         if (session.key, session.phase) != shown:
             shown = session.key, session.phase
             tell(prompt(session, trials))
-        was = session.phase
+        before = session
         session, todo = operator.tick(session, now())
         trouble = rig.trouble() if session.phase is Phase.RUNNING else None
         if trouble is not None:
             kind, reason = trouble
-            todo = [*todo, Do.STOP]
+            todo = [Do.STOP]
             if kind == "void":
-                rig.discard()
-                ledger.void(session.key, reason)
                 session = operator.void(session, reason)
             else:
                 session = operator.faulted(session, reason, now())
-        pressed = []
-        if key:
+        if key and not (trouble and key in operator.ENTER):  # which was not meant to start the trial again
             if session.hint:
                 tell(session.hint)
             session, pressed = operator.press(session, key, now())
-        for do in (*todo, *pressed):
-            try:
-                if do is Do.START:
+            todo = [*todo, *pressed]
+        for do in todo:
+            if do is Do.START:
+                try:
                     rig.start(trials[session.key].instruction, ledger.file(session.key, ".mp4"))
-                elif do is Do.HALT:
-                    rig.halt()
-                elif do is Do.STOP:
-                    rig.stop()
-            except rig.errors as error:
-                tell(f"refused: {error}")
-                if do is Do.START:
+                except rig.errors as error:
+                    stop(rig, tell)  # it may have started all the same
                     rig.discard()
-                    session = operator.void(session, str(error))
-            if do is Do.NOTE:
+                    session = operator.void(session, f"refused: {error}")
+            elif do in (Do.STOP, Do.HALT):
+                if not (stop if do is Do.STOP else halt)(rig, tell):
+                    session = before  # nothing was stopped, so nothing is scored
+                    break
+            elif do is Do.NOTE:
                 session = operator.noted(session, ask())
             elif do is Do.REOPEN:
-                before = next((r for r in ledger.results() if r.key == session.key), None)
+                result = next((r for r in ledger.results() if r.key == session.key), None)
                 ledger.reopen(session.key)
-                session = operator.reopened(session, before) if before else session
+                session = operator.reopened(session, result) if result else session
             elif do is Do.LEAVE:
                 return session
             elif do is Do.KEEP:
                 _keep(session, trials, ledger, measured)
-        if was is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
+        if before.phase is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
             measured[session.key] = rig.save(ledger, session.key)
+        elif before.phase is Phase.RUNNING and session.phase is Phase.SET_UP:
+            rig.discard()
+            ledger.void(session.key, reason)
         if session.hint:
             tell(session.hint)
             session = operator.replace(session, hint="")
     return session
+
+
+def stop(rig: Rig, tell: Callable[[str], None]) -> bool:
+    """Stop the policy, or the arms where it does not answer; False: neither is known to be stopped."""
+    try:
+        rig.stop()
+    except rig.errors as error:
+        tell(f"the policy did not stop, so the arms are stopped and latched: {error}")
+        return halt(rig, tell)
+    return True
+
+
+def halt(rig: Rig, tell: Callable[[str], None]) -> bool:
+    """Stop the arms and latch; False, with an alarm, when they do not say that they do."""
+    for _ in range(HALT_TRIES):
+        try:
+            rig.halt()
+        except rig.errors as error:
+            tell(f"{ALARM} ({error})")
+        else:
+            return True
+    return False
 
 
 def _keep(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, np.ndarray]) -> None:
@@ -272,7 +296,7 @@ def run(
 ) -> int:
     """Trials on the running graph; 0 when every one is scored, 1 when some are left for later."""
     from vipra_ros.monitor import Monitor
-    from vipra_ros.process import ProcessError, signals_raise, wait_for
+    from vipra_ros.process import signals_raise, wait_for
 
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
     arms = tuple(load(Robot, robot).arms)
@@ -296,10 +320,7 @@ def run(
         except KeyboardInterrupt:
             tell("interrupted: the trial that ran does not count")
         finally:
-            try:
-                rig.stop()
-            except ProcessError as error:
-                tell(f"the policy could not be stopped: {error}")
+            stop(rig, tell)
             report = reports.write(ledger, settings, [f"Scoring: {task.protocol.scoring}"])
             tell(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
     return 0 if session.phase is Phase.DONE else 1

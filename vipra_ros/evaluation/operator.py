@@ -146,7 +146,7 @@ def faulted(session: Session, reason: str, now: float) -> Session:
 
 
 def void(session: Session, reason: str) -> Session:
-    """The policy server went in the middle of the trial: set it up again."""
+    """The trial says nothing about the policy, or did not begin: set it up again."""
     return replace(session, phase=Phase.SET_UP, hint=f"void: {reason}; set this trial up again")
 
 

@@ -8,7 +8,7 @@ from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluation import operator
 from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.live import drive, placing, resample
+from vipra_ros.evaluation.live import ALARM, HALT_TRIES, drive, placing, resample
 from vipra_ros.evaluation.operator import Do, Phase, Session
 
 TRIALS = tuple(Key("seen", seed) for seed in range(3))
@@ -105,8 +105,9 @@ class FakeRig:
 
     errors = (Refused,)
 
-    def __init__(self, troubles=(), refuse=0):
+    def __init__(self, troubles=(), refuse=0, deaf_stop=False, deaf_halts=0):
         self.calls, self.looks, self.refuse, self.troubles = [], 0, refuse, dict(troubles)
+        self.deaf_stop, self.deaf_halts = deaf_stop, deaf_halts
 
     def start(self, instruction, film):
         if self.refuse:
@@ -116,9 +117,14 @@ class FakeRig:
         film.write_bytes(b"film")
 
     def stop(self):
+        if self.deaf_stop:
+            raise Refused("/policy/stop: no answer")
         self.calls.append("stop")
 
     def halt(self):
+        if self.deaf_halts:
+            self.deaf_halts -= 1
+            raise Refused("/arms/stop: no answer")
         self.calls.append("halt")
 
     def trouble(self):
@@ -126,6 +132,7 @@ class FakeRig:
         return self.troubles.get(self.looks)
 
     def save(self, ledger, key):
+        self.calls.append("save")
         return np.linspace(0, 1, 40)[:, None] ** 3 * np.ones(7)
 
     def discard(self):
@@ -167,6 +174,24 @@ def test_a_refused_start_leaves_the_trial_to_be_set_up_again(tmp_path):
     rig = FakeRig(refuse=1)
     session, ledger, said = driven(tmp_path, [*"\n\nskq"], rig, TRIALS[:1])
     assert "refused: /policy/start" in said and len(ledger.results()) == 1 and session.phase is Phase.DONE
+
+
+def test_a_policy_that_does_not_stop_has_its_arms_stopped(tmp_path):
+    rig = FakeRig(deaf_stop=True)
+    session, ledger, said = driven(tmp_path, [*"\nskq"], rig, TRIALS[:1])
+    assert rig.calls[1:3] == ["halt", "save"] and "did not stop" in said and ALARM not in said
+    assert session.phase is Phase.DONE and ledger.results()[0].success
+
+
+@pytest.mark.parametrize("key", "s ")
+def test_arms_that_do_not_answer_raise_the_alarm_and_the_trial_goes_on(tmp_path, key):
+    rig = FakeRig(deaf_stop=True, deaf_halts=2 * HALT_TRIES)
+    session, ledger, said = driven(tmp_path, ["\n", key, "k"], rig, TRIALS[:1])
+    assert session.phase is Phase.RUNNING and ALARM in said and "save" not in rig.calls
+    assert "latched: vipra recover" not in said and not ledger.results()
+    rig = FakeRig(deaf_stop=True, deaf_halts=HALT_TRIES - 1)
+    session, ledger, said = driven(tmp_path, ["\n", key], rig, TRIALS[:1])
+    assert ALARM in said and "halt" in rig.calls and session.phase in (Phase.SCORE, Phase.SCORED)
 
 
 def test_joint_states_of_two_arms_come_onto_one_grid():
