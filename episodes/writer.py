@@ -33,14 +33,15 @@ _MOVE_ORDER = ("videos", "data", "meta/tasks", "meta/episodes", "meta/stats", "m
 class Writer:
     """The only writer of a dataset; a second one is refused. Frames with `add`, then `save` or `discard`."""
 
-    def __init__(self, root: Path, crf: int = video.CRF):
+    def __init__(self, root: Path, crf: int = video.CRF, lock: int | None = None):
         """Continue the dataset at `root`. crf: H.264 quality of new episodes, lower is better.
 
+        lock: held already, by `create`.
         Raises EpisodesError if there is no dataset or another writer is at work.
         """
         self.root, self._crf = Path(root), crf
         layout.read_info(self.root)  # before anything is touched
-        self._lock = _lock(self.root)
+        self._lock = _lock(self.root) if lock is None else lock
         try:
             recover(self.root)
             self.info = layout.read_info(self.root)
@@ -65,15 +66,20 @@ class Writer:
     ) -> "Writer":
         """Start an empty dataset. Raises EpisodesError if `root` holds one or a feature is unknown."""
         root = Path(root)
-        if (root / layout.INFO).exists():
-            raise EpisodesError(
-                f"{root} holds a dataset already: open it with Writer(root), or choose another folder"
-            )
         info = layout.new_info(fps, features, robot_type)
         info["data_files_size_in_mb"], info["video_files_size_in_mb"] = data_file_mb, video_file_mb
-        (root / "meta").mkdir(parents=True, exist_ok=True)
-        _write_json(root / layout.INFO, info)
-        return cls(root, crf)
+        root.mkdir(parents=True, exist_ok=True)
+        lock = _lock(root)  # before looking: two recorders may start at once
+        try:
+            if (root / layout.INFO).exists():
+                raise EpisodesError(
+                    f"{root} holds a dataset already: open it with Writer(root), or choose another folder"
+                )
+            _write_json(root / layout.INFO, info)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(root, crf, lock)
 
     @property
     def episodes(self) -> int:

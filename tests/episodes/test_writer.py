@@ -158,6 +158,23 @@ def test_only_one_writer(tmp_path):
     Writer(tmp_path / "d").close()
 
 
+def test_of_two_that_create_one_dataset_the_second_changes_nothing(tmp_path, monkeypatch):
+    real, refused = writing._write_json, []
+
+    def meanwhile(path, data):  # another recorder, before this one has written what it makes
+        monkeypatch.undo()
+        with pytest.raises(EpisodesError, match="another writer") as error:
+            samples.create(tmp_path / "d", video=False)
+        refused.append(error)
+        assert not path.exists()
+        real(path, data)
+
+    monkeypatch.setattr(writing, "_write_json", meanwhile)
+    with samples.create(tmp_path / "d") as writer:
+        samples.record(writer, 0)
+    assert refused and Dataset(tmp_path / "d").info["features"][CAMERA]["dtype"] == "video"
+
+
 def test_a_full_disk_keeps_the_dataset_and_the_episode(tmp_path, monkeypatch):
     with samples.create(tmp_path / "d") as writer:
         samples.record(writer, 0)
