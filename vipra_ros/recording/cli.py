@@ -1,9 +1,11 @@
 """`vipra record`: the operator's keyboard in front of the recorder node."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vipra_ros.recording.keyboard import HELP, raw_keys, read_key, verb
@@ -83,12 +85,12 @@ def command(parameters: Mapping[str, object]) -> list[str]:
 
 
 def run(monitor, children=()) -> int:
-    """Until q: keys to services, the recorder's state to one live line."""
+    """Until q or Ctrl-C: keys to services, the recorder's state to one live line."""
     from vipra_ros.monitor import CallFailed
 
     say(HELP)
     told, quitting = "", False
-    with raw_keys():
+    with raw_keys(), interrupts() as interrupted:
         while True:
             for child in children:
                 child.check()
@@ -98,12 +100,12 @@ def run(monitor, children=()) -> int:
                 told = values["message"]
                 say(told)
             show(line(values))
-            key = read_key(0.1)
+            key = "q" if interrupted and interrupted.pop() else read_key(0.1)
             if not key:
                 continue
             asked = verb(key, values["state"])
             if asked == "quit":
-                if key == "\x04" or quitting or values["state"] == "IDLE":
+                if quitting or values["state"] == "IDLE":
                     show("")
                     return 0
                 quitting = True
@@ -118,6 +120,18 @@ def run(monitor, children=()) -> int:
                 say(told)
             except CallFailed as error:
                 say(str(error).removeprefix(f"/recorder/{asked}: "))
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Inside, Ctrl-C and a terminal that hangs up only fill the list: an episode may wait to be kept."""
+    seen: list[int] = []
+    old = {n: signal.signal(n, lambda n, _: seen.append(n)) for n in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def line(values: Mapping[str, str]) -> str:

@@ -41,7 +41,7 @@ def raw_keys(file=sys.stdin) -> Iterator[None]:
 
 
 def read_key(timeout_s: float, file=sys.stdin) -> str:
-    """The next key; "" if none comes in time; "\\x04" at the end of the input."""
+    """The next key; "" if none comes in time; "\\x04", again and again, at the end of the input."""
     if not select.select([file], [], [], timeout_s)[0]:
         return ""
     data = os.read(file.fileno(), 1)
