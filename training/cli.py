@@ -3,7 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,7 +41,7 @@ RunFolder = Annotated[
     Path | None,
     typer.Option("--run", help="run folder; default runs/<stage>/<time>; an existing one is continued"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="only print memory and step time, and whether it fits; trains nothing"),

@@ -64,6 +64,8 @@ def start(device: str = "auto") -> Ranks:
     """Join the process group that torchrun describes, else a group of one. Raises TrainingError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise TrainingError(f"--device {device}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device cuda: no CUDA GPU here; use --device cpu")
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

@@ -143,6 +143,13 @@ def test_another_configuration_is_refused_in_the_same_folder(tmp_path):
         toy.run(tmp_path, 2, toy.Toy(), global_batch=16)
 
 
+def test_a_device_that_is_none_does_not_train_on_the_cpu(capsys):
+    assert cli.main(["latent", "latent_tiny", "--device", "gpu"]) == 2
+    assert "gpu" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="--device gpu: choose auto, cpu or cuda"):
+        distributed.start("gpu")
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="micro_batch"):
         toy.train(toy.Toy(), toy.recipe(1), None, distributed.Ranks(0, 3, torch.device("cpu"), None), None)
