@@ -76,9 +76,13 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
 
 
 def finite(values: np.ndarray | None, key: str, what: str) -> np.ndarray | None:
-    """`values` as float32 [T, D]. Raises DataError for NaN and infinity."""
+    """`values` as float32 [T, D]. Raises DataError for another shape, NaN and infinity."""
     if values is None:
         return None
+    if values.ndim != 2 or values.dtype.kind not in "fiub":
+        raise DataError(
+            f"{key}: {what} is {values.dtype} {list(values.shape)}, needs numbers [frames, dimensions]"
+        )
     values = np.ascontiguousarray(values, np.float32)
     bad = ~np.isfinite(values).all(1)
     if bad.any():

@@ -73,8 +73,13 @@ class LiberoReader:
                 state = _columns(demo, self._state) if stored or self._required else None
                 views = tuple(v for v in self.views if f"{v}_rgb" in demo["obs"])
                 problem = data["data"].attrs.get("problem_info", "{}")
-        except (OSError, KeyError) as error:
+                counts = {view: len(demo["obs"][f"{view}_rgb"]) for view in views}
+        except (OSError, KeyError, ValueError) as error:
             raise DataError(f"{file}: {name}: {error}") from error
+        counts |= {} if state is None else {"state": len(state)}
+        for what, count in counts.items():
+            if count != len(actions):
+                raise DataError(f"{file}: {name}: {len(actions)} actions, {count} frames of {what}")
 
         def decode(view: str, indices: np.ndarray) -> np.ndarray:
             wanted, back = np.unique(indices, return_inverse=True)
@@ -107,6 +112,6 @@ def _columns(demo: h5py.Group, names: str) -> np.ndarray:
 def _instruction(problem: str | bytes) -> str:
     try:
         text = json.loads(problem).get("language_instruction", "")
-    except ValueError:
+    except (ValueError, AttributeError):
         return ""
     return (" ".join(text) if isinstance(text, list) else str(text)).strip().strip('"')

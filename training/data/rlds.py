@@ -184,7 +184,10 @@ class RldsReader:
         for name in names:
             if name not in steps:
                 raise DataError(f"{key}: lacks {name}")
-            values = np.asarray(_values(steps[name]), np.float32)
+            try:
+                values = np.asarray(_values(steps[name]), np.float32)
+            except ValueError as error:
+                raise DataError(f"{key}: {name} is not numbers: {error}") from error
             width = int(np.prod(self._shapes[name], dtype=int))
             if values.size != count * width:
                 raise DataError(
@@ -203,7 +206,10 @@ def _name(folder: Path) -> str:
     """The dataset's name from dataset_info.json, else from its folder (<name>/<version>)."""
     info = folder / "dataset_info.json"
     if info.is_file():
-        return json.loads(info.read_text()).get("name", "")
+        try:
+            return json.loads(info.read_text()).get("name", "")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{info}: not a TFDS description, download it again: {error!r}") from error
     return folder.parent.name if re.fullmatch(r"[\d.]+", folder.name) else folder.name
 
 

@@ -110,7 +110,11 @@ class FolderReader:
         folder = path.parent if path.name == "images" else path
         actions = None
         if (folder / "actions.npy").is_file():
-            actions = finite(np.load(folder / "actions.npy", allow_pickle=False), key, "action")
+            try:
+                stored = np.load(folder / "actions.npy", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(f"{folder}/actions.npy: not a NumPy array: {error}") from error
+            actions = finite(stored, key, "action")
             if len(actions) != len(files):
                 raise DataError(f"{folder}: {len(actions)} actions, {len(files)} frames")
 
@@ -164,7 +168,14 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _text(*candidates: Path) -> str:
-    return next((p.read_text().strip() for p in candidates if p.is_file()), "")
+    """The first of the files that exists. Raises DataError where it is not UTF-8."""
+    for path in candidates:
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: not UTF-8 text, save it as that: {error}") from error
+    return ""
 
 
 def stack(pictures: Sequence[np.ndarray], key: str) -> np.ndarray:

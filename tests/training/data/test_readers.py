@@ -1,5 +1,7 @@
 """Every format gives the same thing: the right frame at the right time, its action, state and instruction."""
 
+import cv2
+import h5py
 import numpy as np
 import pytest
 
@@ -170,12 +172,7 @@ def test_folders_of_videos_and_frames(tmp_path):
     assert (episode.key, episode.instruction, episode.length) == ("deep/clip.mp4", "wipe the table", 9)
     assert made.index_of(episode.frames("video", [5])[0]) == 5
 
-    folder = tmp_path / "f/processed/episode_000003/images"
-    folder.mkdir(parents=True)
-    import cv2
-
-    for k in range(12):
-        cv2.imwrite(str(folder / f"{k}.png"), made.picture(1, k)[..., ::-1])
+    folder = made.pictures(tmp_path / "f/processed/episode_000003/images", 1, 12)
     np.save(folder.parent / "actions.npy", made.actions(0, 12))
     (folder.parent / "task_description.txt").write_text("open the drawer")
     with pytest.raises(DataError, match="set rate_hz"):
@@ -198,14 +195,68 @@ def test_a_video_without_frames(tmp_path, content):
 
 def test_actions_that_are_not_numbers(tmp_path):
     root = made.libero(tmp_path / "libero")
-    import h5py
-
     with h5py.File(next(root.glob("*.hdf5")), "r+") as file:
         file["data/demo_0/actions"][4, 2] = np.nan
     reader = read(root)
     with pytest.raises(DataError, match=r"demo_0: action of frame 4 is not finite \(1 frames\)"):
         reader.episode(0)
     assert reader.episode(1).length == 10
+
+
+def _array(path, content):
+    made.pictures(path / "e/images", 0, 3)
+    if isinstance(content, bytes):
+        (path / "e/actions.npy").write_bytes(content)
+    else:
+        np.save(path / "e/actions.npy", content)
+
+
+def _text(path):
+    made.pictures(path / "e", 0, 3)
+    (path / "e/instruction.txt").write_bytes(b"\xff\xfe wipe")
+
+
+def _sizes(path):
+    made.pictures(path / "e", 0, 3)
+    cv2.imwrite(str(path / "e/9.png"), made.picture(0, 0, 16, 20))
+
+
+def _libero(path, name, rows):
+    with h5py.File(next(made.libero(path / "l").glob("*.hdf5")), "r+") as file:
+        stored = file[f"data/demo_0/{name}"][:rows]
+        del file[f"data/demo_0/{name}"]
+        file[f"data/demo_0/{name}"] = stored
+
+
+def _description(path):
+    (made.bridge(path / "b", 1) / "dataset_info.json").write_text('{"name": "bri')
+
+
+@pytest.mark.parametrize(
+    ("make", "what", "options"),
+    [
+        (lambda p: _array(p, b""), r"actions\.npy: not a NumPy array", {}),
+        (lambda p: _array(p, b"\x93NUMPY half"), r"actions\.npy: not a NumPy array", {}),
+        (lambda p: _array(p, np.zeros(3)), r"action is float64 \[3\], needs numbers \[frames, dim", {}),
+        (lambda p: _array(p, np.zeros((3, 2), str)), r"action is <U1 \[3, 2\], needs numbers", {}),
+        (lambda p: _array(p, np.zeros((2, 7))), "2 actions, 3 frames", {}),
+        (_text, r"instruction\.txt: not UTF-8 text, save it as that", {}),
+        (_sizes, r"e: its frames differ in size: \[\(16, 20\), \(32, 40\)\]", {}),
+        (lambda p: _libero(p, "obs/agentview_rgb", 6), "demo_0: 10 actions, 6 frames of agentview", {}),
+        (lambda p: _libero(p, "obs/gripper_states", 6), "demo_0: all the input array dimensions", {}),
+        (lambda p: _libero(p, "obs/joint_states", 6), "10 actions, 6 frames of state",
+         {"state_key": "obs/joint_states"}),
+        (_description, r"dataset_info\.json: not a TFDS description", {"rate_hz": None}),
+        (lambda p: made.bridge(p / "b", 1), "language_instruction is not numbers",
+         {"action_key": "language_instruction"}),
+    ],
+)  # fmt: skip
+def test_damage_is_a_data_error_of_one_line(tmp_path, make, what, options):
+    make(tmp_path)
+    with pytest.raises(DataError, match=what) as caught:
+        episode = read(tmp_path, **({"rate_hz": 5} | options)).episode(0)
+        episode.frames(episode.views[0], range(episode.length))
+    assert "\n" not in str(caught.value)
 
 
 def test_kinds_are_told_from_the_files(tmp_path):
