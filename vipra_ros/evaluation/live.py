@@ -3,10 +3,14 @@
 Only `run` and `GraphRig` import ROS, when called.
 """
 
+import codecs
+import os
+import queue
+import select
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +29,7 @@ from vipra_ros.report.video import Video, jpeg
 SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
 LATCHED = ("FAULT", "STOPPED", "STOPPING")
+POLL_S = 0.05
 HALT_TRIES = 3
 ALARM = "THE ARMS ARE NOT KNOWN TO BE STOPPED: press the hardware's emergency stop"
 Track = list[tuple[float, np.ndarray]]  # stamp s; [7] rad and the hand's opening, if there is one
@@ -176,6 +181,66 @@ def placing(trial: Trial) -> list[str]:
     ]
 
 
+class Listener:
+    """Keys read in a thread of their own: space stops the arms at once, whatever the trial waits for.
+
+    Iterates over `keys`, with "" while none is pressed. `typing`: a line is typed, in which a space is text
+    and two in a row stop the arms.
+    """
+
+    def __init__(self, keys: Iterable[str], stop_arms: Callable[[], object]):
+        self.typing = False
+        self._keys, self._stop_arms, self._over = keys, stop_arms, False
+        self._heard: queue.Queue[str | None] = queue.Queue()  # None: no more
+        self._thread = threading.Thread(target=self._listen, name="keys", daemon=True)
+
+    def _listen(self) -> None:
+        before = ""
+        try:
+            for key in self._keys:
+                if self._over:
+                    return
+                if key == operator.SPACE and (before == operator.SPACE or not self.typing):
+                    self._stop_arms()
+                if key:
+                    before = key
+                    self._heard.put(key)
+        finally:
+            self._heard.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                key = self._heard.get(timeout=POLL_S)
+            except queue.Empty:
+                key = ""
+            if key is None:
+                self._heard.put(None)
+                return
+            yield key
+
+    def line(self) -> str:
+        """A line of text, shown while it is typed."""
+        self.typing, text = True, ""
+        print("note: ", end="", flush=True)
+        for key in filter(None, self):
+            if key in operator.ENTER:
+                break
+            text = text[:-1] if key in ("\x7f", "\b") else text + key if key.isprintable() else text
+            print(f"\r\x1b[Knote: {text}", end="", flush=True)
+        self.typing = False
+        print(flush=True)
+        return text
+
+    def __enter__(self) -> "Listener":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over = True
+        self._thread.join(10.0)
+
+
 class GraphRig:
     """The graph that `vipra up` or a launch file started."""
 
@@ -292,9 +357,12 @@ def run(
     out: Path,
     keys: Iterable[str],
     tell: Callable[[str], None],
-    ask: Callable[[], str] = lambda: "",
+    ask: Callable[[], str] | None = None,
 ) -> int:
-    """Trials on the running graph; 0 when every one is scored, 1 when some are left for later."""
+    """Trials on the running graph; 0 when every one is scored, 1 when some are left for later.
+
+    ask: gives the text of a note; without it, it is typed with `keys`.
+    """
     from vipra_ros.monitor import Monitor
     from vipra_ros.process import signals_raise, wait_for
 
@@ -315,45 +383,37 @@ def run(
         done = frozenset(result.key for result in ledger.results())
         session = Session.resume(tuple(wanted), limit_s, done)
         rig = GraphRig(monitor, arms)
-        try:
-            session = drive(session, trials, ledger, rig, keys, tell, ask, time.monotonic)
-        except KeyboardInterrupt:
-            tell("interrupted: the trial that ran does not count")
-        finally:
-            stop(rig, tell)
-            report = reports.write(ledger, settings, [f"Scoring: {task.protocol.scoring}"])
-            tell(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
+
+        def stop_arms() -> None:
+            tell("stopping the arms")
+            halt(rig, tell)
+
+        with Listener(keys, stop_arms) as heard:
+            try:
+                session = drive(session, trials, ledger, rig, heard, tell, ask or heard.line, time.monotonic)
+            except KeyboardInterrupt:
+                tell("interrupted: the trial that ran does not count")
+            finally:
+                stop(rig, tell)
+                report = reports.write(ledger, settings, [f"Scoring: {task.protocol.scoring}"])
+                tell(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
     return 0 if session.phase is Phase.DONE else 1
 
 
 def run_at_keyboard(task: Task, policy: str, robot: str, wanted: list[Key], limit_s: float, out: Path) -> int:
     """`vipra evaluate --operator`."""
-    from vipra_ros.recording.keyboard import raw_keys, read_key
+    from vipra_ros.recording.keyboard import raw_keys
 
     def pressed():
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
-            key = read_key(0.05)
-            yield "q" if key == "\x04" else key
+            if not select.select([sys.stdin], [], [], POLL_S)[0]:
+                yield ""
+            elif data := os.read(sys.stdin.fileno(), 1):
+                yield "q" if data == b"\x04" else decoder.decode(data)
+            else:
+                yield "q"
+                return
 
     with raw_keys():
-        return run(
-            task, policy, robot, wanted, limit_s, out, pressed(), lambda s: print(s, flush=True), _line
-        )
-
-
-def _line() -> str:
-    """A line of text, shown while it is typed."""
-    import termios
-
-    file = sys.stdin
-    if file.isatty():
-        now = termios.tcgetattr(file)
-        shown = [*now]
-        shown[3] |= termios.ICANON | termios.ECHO
-        termios.tcsetattr(file, termios.TCSADRAIN, shown)
-    try:
-        print("note: ", end="", flush=True)
-        return file.readline()
-    finally:
-        if file.isatty():
-            termios.tcsetattr(file, termios.TCSADRAIN, now)
+        return run(task, policy, robot, wanted, limit_s, out, pressed(), lambda s: print(s, flush=True))

@@ -6,7 +6,8 @@
     SCORED   scored, not yet kept              k keeps it and goes on, u takes the score back, n notes
     DONE     every trial is scored
 
-At any time space stops the arms at once (`Do.HALT`, latched; the emergency stop is the hardware's).
+At any time space stops the arms at once (`Do.HALT`, latched; the emergency stop is the hardware's); while a
+note is typed, two spaces in a row do.
 In SET_UP u reopens the trial before this one. A key that means nothing here does nothing but say so. No key
 that is pressed twice does two things: nothing but Enter moves the arms, and Enter does nothing else.
 """

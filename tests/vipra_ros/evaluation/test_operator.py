@@ -1,5 +1,7 @@
 """An operator's keys, wrong ones too, score every trial once and stop the arms at any time."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluation import operator
 from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.live import ALARM, HALT_TRIES, drive, placing, resample
+from vipra_ros.evaluation.live import ALARM, HALT_TRIES, Listener, drive, placing, resample
 from vipra_ros.evaluation.operator import Do, Phase, Session
 
 TRIALS = tuple(Key("seen", seed) for seed in range(3))
@@ -192,6 +194,41 @@ def test_arms_that_do_not_answer_raise_the_alarm_and_the_trial_goes_on(tmp_path,
     rig = FakeRig(deaf_stop=True, deaf_halts=HALT_TRIES - 1)
     session, ledger, said = driven(tmp_path, ["\n", key], rig, TRIALS[:1])
     assert ALARM in said and "halt" in rig.calls and session.phase in (Phase.SCORE, Phase.SCORED)
+
+
+def test_space_stops_the_arms_while_a_start_is_waited_for(tmp_path):
+    rig, entered, halted = FakeRig(), threading.Event(), threading.Event()
+
+    def start(instruction, film):
+        entered.set()
+        assert halted.wait(20.0)
+        raise Refused("arms STOPPED")
+
+    def keys():
+        yield "\n"
+        assert entered.wait(20.0)
+        yield " "
+
+    rig.start = start
+    with Listener(keys(), halted.set) as heard:
+        session, _, said = driven(tmp_path, heard, rig)
+    assert session.phase is Phase.SET_UP and "arms STOPPED" in said and rig.calls[-1] == "halt"
+
+
+def test_a_note_is_typed_with_spaces_and_two_in_a_row_stop_the_arms(capsys):
+    halts = []
+
+    def keys():
+        while not heard.typing:
+            yield ""
+        yield from "über mn\x7fy edge"
+        yield "?" if halts else "!"
+        yield from "  \n"
+
+    heard = Listener(keys(), lambda: halts.append(1))
+    with heard:
+        assert heard.line() == "über my edge!  " and len(halts) == 1
+        assert list(heard) == [] and "note: über my edge" in capsys.readouterr().out
 
 
 def test_joint_states_of_two_arms_come_onto_one_grid():
