@@ -142,8 +142,8 @@ def halt(rig: Rig, tell: Callable[[str], None]) -> bool:
 
 
 def _keep(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, np.ndarray]) -> None:
-    """Write the result of the trial before the present one, which `operator.press` has just left."""
-    scored = operator.replace(session, at=session.at - 1)
+    """Write the result of the trial that `operator.press` has just left."""
+    scored = operator.replace(session, at=session.trials.index(session.done[-1]))
     result = scored.result(trials[scored.key].instruction)
     joints = measured.get(scored.key)
     if joints is not None:

@@ -7,9 +7,9 @@
     DONE     every trial is scored
 
 At any time space stops the arms at once (`Do.HALT`, latched; the emergency stop is the hardware's); while a
-note is typed, two spaces in a row do.
-In SET_UP u reopens the trial before this one. A key that means nothing here does nothing but say so. No key
-that is pressed twice does two things: nothing but Enter moves the arms, and Enter does nothing else.
+note is typed, two spaces in a row do. In SET_UP u reopens the trial that was kept last. A key that means
+nothing here does nothing but say so. No key that is pressed twice does two things: nothing but Enter moves
+the arms, and Enter does nothing else.
 """
 
 import enum
@@ -51,10 +51,13 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Session:
-    """Where the operator is. `trials`: all of them, in order; `at`: the present one's place."""
+    """Where the operator is. `trials`: all of them, in order; `at`: the present one's place; `done`: those
+    that count, the one kept last at the end.
+    """
 
     trials: tuple[Key, ...]
     limit_s: float
+    done: tuple[Key, ...] = ()
     at: int = 0
     phase: Phase = Phase.SET_UP
     started_s: float = 0.0
@@ -68,8 +71,7 @@ class Session:
     @classmethod
     def resume(cls, trials: tuple[Key, ...], limit_s: float, done: frozenset[Key]) -> "Session":
         """At the first trial that is not in `done`."""
-        at = next((i for i, key in enumerate(trials) if key not in done), len(trials))
-        return cls(trials, limit_s, at, Phase.DONE if at == len(trials) else Phase.SET_UP)
+        return _next(cls(trials, limit_s, tuple(key for key in trials if key in done)))
 
     @property
     def key(self) -> Key | None:
@@ -115,7 +117,8 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
             return session, [Do.NOTE]
     elif session.phase is Phase.SCORED:
         if key in ("k", "q"):
-            return _next(session), [Do.KEEP, *([Do.LEAVE] if key == "q" else [])]
+            kept = replace(session, done=(*session.done, session.key))
+            return _next(kept), [Do.KEEP, *([Do.LEAVE] if key == "q" else [])]
         if key == "u":
             aborted = session.score == "aborted"
             taken = session.interventions - aborted
@@ -177,12 +180,13 @@ def _score(session: Session, key: str) -> Session:
 
 
 def _next(session: Session) -> Session:
-    at = session.at + 1
-    phase = Phase.DONE if at == len(session.trials) else Phase.SET_UP
-    return replace(session, at=at, phase=phase)
+    """At the first trial that is not done."""
+    at = next((i for i, key in enumerate(session.trials) if key not in session.done), len(session.trials))
+    return replace(session, at=at, phase=Phase.DONE if at == len(session.trials) else Phase.SET_UP)
 
 
 def _reopen(session: Session) -> tuple[Session, list[Do]]:
-    if session.at == 0:
+    if not session.done:
         return replace(session, hint="there is no trial before this one"), []
-    return replace(session, at=session.at - 1, phase=Phase.SCORE, score=None), [Do.REOPEN]
+    at, done = session.trials.index(session.done[-1]), session.done[:-1]
+    return replace(session, at=at, done=done, phase=Phase.SCORE, score=None), [Do.REOPEN]

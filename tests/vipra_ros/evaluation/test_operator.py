@@ -98,6 +98,15 @@ def test_an_evaluation_goes_on_at_the_first_trial_without_a_result():
     assert Session.resume(TRIALS, 30.0, frozenset(TRIALS)).phase is Phase.DONE
 
 
+def test_a_trial_that_is_done_is_not_played_again_and_u_reopens_the_one_kept_last():
+    session, _ = after("\nsk", Session.resume(TRIALS, 30.0, frozenset(TRIALS[1:2])))
+    assert session.key == TRIALS[2] and session.done == (TRIALS[1], TRIALS[0])
+    session, done = after("u", session)
+    assert done == [Do.REOPEN] and session.key == TRIALS[0]
+    session, _ = after("fk\nsk", session)
+    assert session.phase is Phase.DONE and set(session.done) == set(TRIALS)
+
+
 class Refused(Exception):
     pass
 
