@@ -62,6 +62,21 @@ class Result:
         return Key(self.split, self.seed)
 
 
+class Holds:
+    """Counts how often a safety check made the arms hold, from their states one after the other."""
+
+    PAUSES = ("starved", "let_go", "stall", "")  # codes of holding without any safety check's doing
+
+    def __init__(self):
+        self.count, self._before = 0, ""
+
+    def see(self, state: str, code: str) -> None:
+        """A `State` of the arms by its value, and its code."""
+        now = code if state == "HOLDING" else ""
+        self.count += now != self._before and now not in self.PAUSES
+        self._before = now
+
+
 class Ledger:
     """The folder of one evaluation."""
 

@@ -24,7 +24,7 @@ from simulation.lockstep import REFERENCE_TICKS, TICK_S, Lockstep
 from simulation.render import Painter, live_meshes
 from simulation.tasks.trial import Trial
 from vipra_ros.commander import ArmsStatus, Commander
-from vipra_ros.evaluation.ledger import Key, Ledger, Result, Void
+from vipra_ros.evaluation.ledger import Holds, Key, Ledger, Result, Void
 from vipra_ros.evaluation.smoothness import jerk_rms, spectral_arc_length
 from vipra_ros.execution.chunk import Chunk, Rejected
 from vipra_ros.execution.planner import Planner
@@ -38,7 +38,6 @@ from vipra_ros.safety.supervisor import Supervisor
 PERIOD_S = REFERENCE_TICKS * TICK_S  # of the reference, 5 ms
 ASK_EVERY = 2  # reference ticks between two looks at the policy's side, as the policy node's timer
 VOID = ("disconnected", "timeout", "not_sent", "shutting_down")  # a server that is not there any more
-HOLDS = ("starved", "let_go", "")  # why arms hold without any safety check's doing
 _SERVER_S = 60.0  # wall time a request may take
 
 
@@ -232,7 +231,7 @@ def play_policy(
         embodiment.rate_hz,
         ended,
         time_limit_s,
-        interventions=arms.holds() + len(executor.faults),
+        interventions=arms.holds.count + len(executor.faults),
         chunks=len({chunk[0] for chunk in executor.log.chunks}),
         refused=commander.counts.refused,
         limited=dict(executor.counters.interventions),
@@ -311,6 +310,7 @@ class _Arms:
     def __init__(self, world: Lockstep, robot: Robot, trial: Trial):
         self.safety = load(Safety, robot.safety)
         self.commander: Commander | None = None
+        self.holds = Holds()
         self._world, self._robot = world, robot
         self._arms = {name: _Arm(world, name) for name in world.arms}
         self._hands = {name: _Hand(world, name) for name in world.arms if robot.arms[name].gripper}
@@ -374,13 +374,9 @@ class _Arms:
     def step(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """One tick of the 200 Hz loop; what the arms are to follow until the next."""
         self.executor.tick(self._world.time_s)
+        state, code, _ = self.executor.phase
+        self.holds.see(state.value, code)
         return {name: arm.target for name, arm in self._arms.items()}
-
-    def holds(self) -> int:
-        """Times a safety check stopped the arms for a while."""
-        reasons = ("out of actions", "the commander let go")
-        events = [text for _, kind, text in self.executor.log.events if kind == "state"]
-        return sum(t.startswith("HOLDING: ") and not t.endswith(reasons) for t in events)
 
 
 class _Arm:

@@ -30,7 +30,7 @@ from simulation.workcell import HAND_WIDTH
 from vipra_ros import bringup
 from vipra_ros.clock import ClockStopped, SimulatedClock
 from vipra_ros.evaluation import smoothness
-from vipra_ros.evaluation.ledger import Key, Ledger, Result, Void, run_trials
+from vipra_ros.evaluation.ledger import Holds, Key, Ledger, Result, Void, run_trials
 from vipra_ros.evaluation.live import LATCHED, SAMPLE_HZ, GraphRig, at, resample
 from vipra_ros.evaluation.server import Server, in_a_line
 from vipra_ros.monitor import CallFailed, Monitor
@@ -40,7 +40,6 @@ from vipra_ros.up import wait_ready
 
 # Faults of a machine that was too busy: they say nothing about the policy.
 STALLS = ("clock", "communication", "deadman", "frozen", "stall")
-PAUSES = ("starved", "let_go", "stall", "")  # why arms hold without any safety check's doing
 HOME_RAD = 0.03  # so near home a trial begins
 OPEN = 0.9  # opening of a hand that a trial may begin with
 PATIENCE_S = 90.0  # wall time for each step between two trials, on a machine however slow
@@ -90,7 +89,7 @@ class Cell:
         self.clock = enter(contextlib.closing(SimulatedClock(self.robot.simulation.name)))
         self.control = enter(contextlib.closing(SimulationControl(self.robot.simulation.name)))
         self.holds = Holds()
-        self.monitor.watch_status("arms", self.holds)
+        self.monitor.watch_status("arms", self._see)
         self.rig = GraphRig(self.monitor, tuple(self.robot.arms))
         return self.clock.now()
 
@@ -136,6 +135,10 @@ class Cell:
             commander.run(np.tile(here, (15, 1)), self.embodiment.rate_hz, lambda seconds: None)
         self._wait(self._hands_open, "open hands")
 
+    def _see(self, message) -> None:
+        values = {value.key: value.value for value in message.values}
+        self.holds.see(values["state"], values["code"])
+
     def arms(self, value: str) -> str:
         """A value of the arms' newest status."""
         return self.monitor.status("arms").values[value]
@@ -157,19 +160,6 @@ class Cell:
     def close(self) -> None:
         self._resources.close()
         self._children = []
-
-
-class Holds:
-    """Counts how often a safety check made the arms hold, from their statuses."""
-
-    def __init__(self):
-        self.count, self._before = 0, ""
-
-    def __call__(self, message) -> None:
-        values = {value.key: value.value for value in message.values}
-        now = values["code"] if values["state"] == "HOLDING" else ""
-        self.count += now != self._before and now not in PAUSES
-        self._before = now
 
 
 def run(

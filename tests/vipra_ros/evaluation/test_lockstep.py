@@ -114,6 +114,7 @@ def test_a_trial_whose_server_is_killed_is_void_and_repeated(tmp_path):
     script(DEATH, out, f"tcp://127.0.0.1:{free_port()}")
     ledger = Ledger(out, {})
     assert [(r.seed, r.ended) for r in ledger.results()] == [(0, "time limit"), (1, "time limit")]
+    assert not any(r.interventions for r in ledger.results()), "waiting for the next chunk is none"
     (void,) = ledger.voids()
     assert void["seed"] == 1 and "the policy server is gone" in void["reason"]
     state = np.load(ledger.file(Key("seen", 1), ".npz"))["state"]

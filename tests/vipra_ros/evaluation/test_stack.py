@@ -21,8 +21,7 @@ from simulation.lockstep import judge_for
 from simulation.tasks.score import things_in
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluation.compare import compare
-from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.stack import Holds
+from vipra_ros.evaluation.ledger import Holds, Key, Ledger
 from vipra_ros.process import wait_for
 
 LIMIT_S = 1.5
@@ -137,18 +136,10 @@ def test_truth_of_a_stacked_cup_is_a_success():
 
 
 def test_only_holds_of_the_safety_checks_count():
-    class Value:
-        def __init__(self, key, value):
-            self.key, self.value = key, value
-
-    class Status:
-        def __init__(self, state, code):
-            self.values = [Value("state", state), Value("code", code)]
-
     holds = Holds()
     for state, code in (
         *(("RUNNING", ""), ("HOLDING", "starved"), ("RUNNING", ""), ("HOLDING", "workspace")),
         *(("HOLDING", "workspace"), ("HOLDING", "let_go"), ("IDLE", ""), ("HOLDING", "tracking")),
     ):
-        holds(Status(state, code))
+        holds.see(state, code)
     assert holds.count == 2
