@@ -26,6 +26,7 @@ EPILOG = """\
   vipra dataset stats recordings/cups
   vipra dataset view recordings/cups --episode 12     pictures and joint plots
   vipra dataset merge recordings/monday recordings/tuesday recordings/both
+  vipra dataset merge recordings/cups recordings/good --without 12,17     a copy without these episodes
   vipra dataset replay recordings/cups --episode 12   on the arms (vipra up first), inside every limit
   vipra dataset generate stack_cups recordings/sim --episodes 200    simulated, by the task's scripted expert
 """
@@ -70,9 +71,14 @@ def main(argv: list[str] | None = None) -> int:
             metavar="KEY=VALUE",
             help=f"another threshold: {', '.join(Quality.model_fields)}",
         )
-    merge = verbs.add_parser("merge", help="several datasets of one robot to a new one, without loss")
-    merge.add_argument("sources", type=Path, nargs="+", metavar="FOLDER")
-    merge.add_argument("out", type=Path, metavar="OUT")
+    merge = verbs.add_parser(
+        "merge", help="several datasets of one robot, or one without some episodes, to a new one; no loss"
+    )
+    merge.add_argument("sources", type=Path, nargs="+", metavar="FOLDER", help="datasets to copy from")
+    merge.add_argument("out", type=Path, metavar="OUT", help="folder of the new dataset")
+    merge.add_argument(
+        "--without", default="", metavar="N,N", help="episodes of the one FOLDER that are left out"
+    )
     generate = verbs.add_parser("generate", help="simulated demonstrations of a task's scripted expert")
     generate.add_argument("task", metavar="TASK", help="file in config/tasks")
     generate.add_argument("dataset", type=Path, metavar="FOLDER", help="an interrupted run goes on there")
@@ -296,12 +302,16 @@ def _view(said: argparse.Namespace) -> int:
 def _merge(said: argparse.Namespace) -> int:
     from episodes.merge import merge
 
-    if len(said.sources) < 2:
-        raise EpisodesError("merge: name at least two datasets, then the new folder")
+    try:
+        without = {int(number) for number in said.without.split(",") if said.without}
+    except ValueError as error:
+        raise ConfigError(f"--without {said.without}: episode numbers with commas, such as 12,17") from error
+    if len(said.sources) < 2 and not without:
+        raise EpisodesError("merge: name at least two datasets, then the new folder; or one and --without")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         job = bar.add_task("episodes", total=None)
         count = merge(
-            said.sources, said.out, lambda done, total: bar.update(job, completed=done, total=total)
+            said.sources, said.out, lambda done, total: bar.update(job, completed=done, total=total), without
         )
     print(f"{said.out}: {count} episodes")
     return 0

@@ -306,7 +306,8 @@ class Session:
             return
         self.kept += self._errors
         self._errors = []
-        self.state, self.message = State.IDLE, f"kept episode {self._worker.episodes}"
+        count = self._worker.episodes
+        self.state, self.message = State.IDLE, f"kept episode {count}, number {count - 1} in the dataset"
 
     def _drop(self, message: str) -> None:
         self._synchronizer.end()

@@ -147,6 +147,18 @@ def test_stats_view_and_merge(tmp_path, capsys, monkeypatch):
     for name in ("both.png", "both_000001.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width > 800
+    assert dataset_cli.main(["merge", "both", "good", "--without", "0,1"]) == 0
+    (left,) = Dataset(tmp_path / "good").rows
+    assert left.length == 25
+    for options, problem in (
+        (["both", "c", "--without", "1,3"], "episodes 0 to 2, not 3"),
+        (["a", "b", "c", "--without", "1"], "2 datasets: name one"),
+        (["a", "c"], "at least two datasets"),
+    ):
+        with pytest.raises(EpisodesError, match=problem):
+            dataset_cli.main(["merge", *options])
+    with pytest.raises(ConfigError, match="--without 1;2: episode numbers with commas"):
+        dataset_cli.main(["merge", "both", "c", "--without", "1;2"])
     with pytest.raises(EpisodesError, match="episodes 0 to 2, not 7"):
         dataset_cli.main(["view", "both", "--episode", "7"])
 

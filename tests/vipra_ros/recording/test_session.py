@@ -86,6 +86,7 @@ def test_an_episode_comes_back_with_action_i_at_frame_i(rig):
     assert rig.record(3.0) is State.PENDING
     assert rig.session.last[1] == []
     assert rig.keep() is State.IDLE
+    assert rig.session.message == "kept episode 1, number 0 in the dataset"
     data = Dataset(rig.root)
     assert (data.fps, data.info["robot_type"], data.names("action")) == (15, "test_arm", NAMES)
     length = data.rows[0].length
