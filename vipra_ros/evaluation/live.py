@@ -94,6 +94,8 @@ def drive(
                     stop(rig, tell)  # it may have started all the same
                     rig.discard()
                     session = operator.void(session, f"refused: {error}")
+                else:
+                    session = operator.started(session, now())
             elif do in (Do.STOP, Do.HALT):
                 if not (stop if do is Do.STOP else halt)(rig, tell):
                     session = before  # nothing was stopped, so nothing is scored

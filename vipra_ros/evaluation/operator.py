@@ -101,8 +101,8 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
         return _halt(session, now)
     if session.phase is Phase.SET_UP:
         if key in ENTER:
-            started = replace(session, phase=Phase.RUNNING, started_s=now, seconds=0.0, interventions=0)
-            return replace(started, faults=0, score=None, note=""), [Do.START]
+            running = started(replace(session, phase=Phase.RUNNING), now)
+            return replace(running, interventions=0, faults=0, score=None, note=""), [Do.START]
         if key == "u":
             return _reopen(session)
         if key == "q":
@@ -131,6 +131,11 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
         if key == "q":
             return session, [Do.LEAVE]
     return replace(session, hint=f"{key!r} does nothing here: {KEYS[session.phase]}"), []
+
+
+def started(session: Session, now: float) -> Session:
+    """`Do.START` is done: the trial's time counts from here."""
+    return replace(session, started_s=now, seconds=0.0)
 
 
 def tick(session: Session, now: float) -> tuple[Session, list[Do]]:

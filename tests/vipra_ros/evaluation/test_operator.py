@@ -1,5 +1,6 @@
 """An operator's keys, wrong ones too, score every trial once and stop the arms at any time."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -150,9 +151,9 @@ class FakeRig:
         self.calls.append("discard")
 
 
-def driven(folder, keys, rig, trials=TRIALS, note="slipped"):
+def driven(folder, keys, rig, trials=TRIALS, note="slipped", clock=None):
     task = load(Task, "stack_cups")
-    ledger, said, clock = Ledger(folder, SETTINGS), [], iter(range(10_000))
+    ledger, said, clock = Ledger(folder, SETTINGS), [], clock or itertools.count()
     made = {key: make_trial(task, key.seed, key.split) for key in trials}
     session = Session.resume(trials, 30.0, frozenset(r.key for r in ledger.results()))
     session = drive(session, made, ledger, rig, keys, said.append, lambda: note, lambda: next(clock) / 10)
@@ -170,6 +171,13 @@ def test_a_session_writes_one_result_a_trial_and_can_be_left_and_resumed(tmp_pat
     session, ledger, _ = driven(tmp_path, [*"u\nsk\npkq"], FakeRig())
     assert session.phase is Phase.DONE  # u reopened trial 1; Enter does nothing until it is scored
     assert [(r.success, r.partial) for r in ledger.results()] == [(True, True), (True, True), (False, True)]
+
+
+def test_a_trial_lasts_from_when_the_policy_moved(tmp_path):
+    rig, clock = FakeRig(), itertools.count()
+    rig.start = lambda instruction, film: [next(clock) for _ in range(100)]  # 10 s until it moves
+    _, ledger, _ = driven(tmp_path, [*"\nskq"], rig, TRIALS[:1], clock=clock)
+    assert ledger.results()[0].seconds < 1.0
 
 
 def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
