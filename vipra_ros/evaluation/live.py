@@ -293,10 +293,15 @@ class GraphRig:
         return ("fault", f"policy: {policy.message}") if stopped else None
 
     def save(self, ledger: Ledger, key: Key) -> np.ndarray:
-        joints, _ = self.finish(ledger.file(key, ".jpg"))
+        joints, told = self.finish(ledger.file(key, ".jpg"))
         times, measured = resample(joints, SAMPLE_HZ)
-        arms = np.array(self._arms)
-        np.savez_compressed(ledger.file(key, ".npz"), time_s=times, arms=arms, joints=measured)
+        np.savez_compressed(
+            ledger.file(key, ".npz"),
+            time_s=times - times[:1],  # [T]
+            arms=np.array(self._arms),  # [A]
+            state=together(times, joints),  # [T, A, 8] measured joints, rad, and the hand's opening
+            commanded=together(times, told),  # [T, A, 8]
+        )
         return measured
 
     def finish(self, still: Path) -> tuple[list[Track], list[Track]]:
@@ -342,6 +347,11 @@ def resample(arms: list[Track], rate_hz: float) -> tuple[np.ndarray, np.ndarray]
     first, last = max(track[0][0] for track in arms), min(track[-1][0] for track in arms)
     times = np.arange(first, last, 1 / rate_hz)
     return times, np.hstack([at(times, track)[:, :7] for track in arms])
+
+
+def together(times: np.ndarray, arms: list[Track]) -> np.ndarray:
+    """Positions of all arms [T, A, 7 or 8] at `times` s; [0] where one told nothing."""
+    return np.stack([at(times, track) for track in arms], axis=1) if all(arms) else np.zeros(0)
 
 
 def at(times: np.ndarray, track: Track) -> np.ndarray:

@@ -5,13 +5,14 @@ import threading
 
 import numpy as np
 import pytest
+from sensor_msgs.msg import JointState
 
 from config.loading import load
 from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros.evaluation import operator
 from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.live import ALARM, HALT_TRIES, Listener, drive, placing, resample
+from vipra_ros.evaluation.live import ALARM, HALT_TRIES, GraphRig, Listener, drive, placing, resample
 from vipra_ros.evaluation.operator import Do, Phase, Session
 
 TRIALS = tuple(Key("seen", seed) for seed in range(3))
@@ -255,3 +256,43 @@ def test_joint_states_of_two_arms_come_onto_one_grid():
     assert joints.shape == (len(times), 14) and times[0] == 10.3 and times[-1] <= 11.99
     assert np.allclose(joints[:, 0], times) and np.allclose(joints[:, 7], -times)
     assert resample([[], right], 15.0)[1].shape == (0, 14)
+
+
+class FakeMonitor:
+    """Takes what `GraphRig` watches; `joints[arm, topic]` is called with what the test says they are."""
+
+    def __init__(self):
+        self.joints = {}
+
+    def watch_images(self, callback):
+        pass
+
+    def watch_joints(self, arm, callback, topic="joint_states"):
+        self.joints[arm, topic] = callback
+
+    def set_task(self, task):
+        pass
+
+    def call(self, service, timeout_s):
+        pass
+
+
+def test_measured_and_commanded_joints_and_hands_are_saved(tmp_path):
+    monitor, key = FakeMonitor(), TRIALS[0]
+    rig, ledger = GraphRig(monitor, ("left", "right")), Ledger(tmp_path, SETTINGS)
+    rig.start("stack", ledger.file(key, ".mp4"))
+    for n in range(100):
+        for number, arm in enumerate(("left", "right")):
+            for offset, topic in enumerate(("joint_states", "joint_reference")):
+                position = [0.01 * n + number + 10 * offset] * 7 + [0.01 * n]
+                message = JointState(position=position)
+                message.header.stamp.sec, message.header.stamp.nanosec = 7, n * 10_000_000
+                monitor.joints[arm, topic](message)
+    measured = rig.save(ledger, key)
+    with np.load(ledger.file(key, ".npz")) as saved:
+        assert list(saved["arms"]) == ["left", "right"] and saved["time_s"][0] == 0.0
+        state, commanded, seconds = saved["state"], saved["commanded"], saved["time_s"]
+    assert state.shape == commanded.shape == (len(seconds), 2, 8) and len(seconds) == 15
+    assert np.allclose(state[:, :, :7].reshape(len(seconds), 14), measured)
+    assert np.allclose(commanded[:, :, :7], state[:, :, :7] + 10)
+    assert np.allclose(commanded[:, 0, 7], seconds) and np.allclose(state[:, 1, 7], seconds)
