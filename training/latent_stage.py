@@ -74,7 +74,7 @@ class LatentStage(Stage):
         """Reconstruction against copying the last frame, on held-out clips and on the pixels that change
         by more than .05; and pictures.
         """
-        picked = [self.held.sample(n) for n in range(recipe.validation.samples)]
+        picked = [self.held[n] for n in range(recipe.validation.samples)]
         if self.model.config.target != "pixels":
             return {}
 

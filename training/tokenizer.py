@@ -94,7 +94,7 @@ class TokenizerStage(Stage):
 
     def validate(self, step: int, run: Run, ranks: Ranks, recipe: TokenizerRecipe) -> dict[str, float]:
         """Of held-out frames: l1, mean absolute error of 255, and the distinct codes used; and pictures."""
-        picked = [self.held.sample(n) for n in range(recipe.validation.samples)]
+        picked = [self.held[n] for n in range(recipe.validation.samples)]
         used = torch.zeros(self.vqgan.config.codebook_size)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def spread(samples: Samples) -> Tensor:
     """How much each pixel varies in each dataset, [datasets, h, w] of mean 1, within .3 and 5."""
     seen = [[] for _ in samples.readers]
     for n in range(SPREAD_SAMPLES):
-        sample = samples.sample(n)
+        sample = samples[n]
         seen[sample["dataset"]].append(sample["frames"][0])
     side = samples.window.size
     varies = torch.ones(len(seen), side, side)

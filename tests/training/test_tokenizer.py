@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from config.training import TokenizerRecipe
+from config.training import LatentRecipe, TokenizerRecipe
 from episodes import demonstration, layout
 from episodes.writer import Writer
 from models import checkpoint
 from models.config import SIZES, VQGANConfig
-from training import distributed, loop, start, tokenizer, truth
+from training import distributed, latent_stage, loop, start, tokenizer, truth
 from training.data.sampling import held_out
 from training.run import Run
 
@@ -72,6 +72,36 @@ def test_training_beats_the_mean_picture_and_the_export_keeps_its_codes(ranks, t
     x = loaded.vqgan.to_input(torch.from_numpy(frames[:32]))
     assert torch.equal(loaded.vqgan.encode(x), exported.vqgan().encode(x))
     assert all(torch.equal(p, p.bfloat16().float()) for p in loaded.vqgan.parameters())
+
+
+def test_unreadable_pictures_are_passed_over_in_validation_too(ranks, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "small", SMALL)
+    monkeypatch.setattr(start, "SIZES", SIZES)
+    write_pictures(tmp_path / "data", 8, 2)
+    names = sorted(p.name for p in (tmp_path / "data").iterdir())
+    out = held_out(names, 0.5)
+    for broken in (names[out.argmax()], names[(~out).argmax()]):
+        for picture in (tmp_path / "data" / broken).iterdir():
+            picture.write_bytes(b"cut off")
+    data = {"datasets": [{"path": str(tmp_path / "data"), "rate_hz": 5}], "validation_share": 0.5}
+    fields = {
+        "steps": 1,
+        "global_batch": 2,
+        "micro_batch": 2,
+        "optimizer": {"learning_rate": 1e-3},
+        "data": data,
+        "validation": {"every": 1, "samples": 12},
+    }
+    plans = [
+        (tokenizer, TokenizerRecipe(stage="tokenizer", model="small", **fields), "l1"),
+        (latent_stage, LatentRecipe(stage="latent", model="laq_tiny", **fields), "reconstruction_l1"),
+    ]
+    for module, plan, measured in plans:
+        run = Run(tmp_path / plan.stage, plan)
+        stage = module.build(plan, ranks, run)
+        assert any(stage.held[n]["errors"] for n in range(plan.validation.samples))
+        assert np.isfinite(stage.validate(0, run, ranks, plan)[measured])
+        run.close()
 
 
 def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path):
