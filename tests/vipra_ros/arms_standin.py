@@ -1,4 +1,4 @@
-"""The arms' interface without arms: leases, status and joint states; records what is commanded.
+"""The arms' interface without arms: leases, status, joint states and references; records what is commanded.
 
 Commands are read by the real `robot.commands`, so what is accepted here is what the arms node would accept.
 """
@@ -33,11 +33,16 @@ class ArmsStandIn(Node):
         self.lease = Lease(timeout_s=5.0)
         self.state, self.reason, self.rejected = "IDLE", "holding", ""
         self.refuse: tuple[str, str] | None = None  # refuse every chunk with this code and message
+        self.opening = 1.0  # of the hands, measured
         self._accepted = -1
         self._assembler = Assembler(ARMS)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._status = self.create_publisher(DiagnosticStatus, "~/status", latched)
-        self._joints = {arm: self.create_publisher(JointState, f"/{arm}/joint_states", 10) for arm in ARMS}
+        self._joints = {
+            (arm, topic): self.create_publisher(JointState, f"/{arm}/{topic}", 10)
+            for arm in ARMS
+            for topic in ("joint_states", "joint_reference")
+        }
         for arm in ARMS:
             topic = f"/{arm}/joint_command"
             self.create_subscription(JointTrajectory, topic, lambda m, arm=arm: self._command(arm, m), 10)
@@ -97,10 +102,13 @@ class ArmsStandIn(Node):
         self.publish_status()
 
     def _publish_joints(self) -> None:
-        for arm, publisher in self._joints.items():
+        measured = [self.opening] * len(ARMS)
+        told = self.chunks[-1][1].grippers[-1].tolist() if self.chunks else measured
+        for (arm, topic), publisher in self._joints.items():
             message = JointState(name=list(joint_names(arm)))
             message.header.stamp = _now()
-            message.position = [*HOME, 1.0]
+            openings = measured if topic == "joint_states" else told
+            message.position = [*HOME, openings[ARMS.index(arm)]]
             message.velocity = message.effort = [0.0] * 8
             publisher.publish(message)
 

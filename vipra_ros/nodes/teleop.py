@@ -1,15 +1,16 @@
 """Teleop node: arms follow GELLO leaders, through the same lease, chunks and safety as the policy.
 
 Takes GELLO's topics (`<namespace>/gello/joint_states` and `<namespace>/gripper/gripper_client/
-target_gripper_width_percent`) or its servos on a serial port, `/<arm>/joint_states` and `/arms/status`; gives
-`/<arm>/joint_command` under a lease of the arms, `~/status` and `/diagnostics`; services `~/start`, `~/stop`
-and `~/pause` (clutch, on and off). Timers run on the steady clock and everything else is counted on the
-executor clock.
+target_gripper_width_percent`) or its servos on a serial port, `/<arm>/joint_states`, `/<arm>/joint_reference`
+and `/arms/status`; gives `/<arm>/joint_command` under a lease of the arms, `~/status` and `/diagnostics`;
+services `~/start`, `~/stop` and `~/pause` (clutch, on and off). Timers run on the steady clock and everything
+else is counted on the executor clock.
 """
 
 import contextlib
 import sys
 import time
+from functools import partial
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -76,9 +77,13 @@ class TeleopNode(Node):
         self._names = {arm: joint_names(arm, robot.arms[arm].gripper) for arm in self._arms}
         self._clock = make_clock(robot)
         self._resources.callback(self._clock.close)
-        limits = JointLimits.of(load(Safety, robot.safety), len(self._arms))
+        safety = load(Safety, robot.safety)
+        limits = JointLimits.of(safety, len(self._arms))
         hands = tuple(robot.arms[arm].gripper for arm in self._arms)
-        self._teleop = Teleoperation(self._config, self._arms, hands, limits.soft_min, limits.soft_max)
+        half_open = 0.5 * (safety.gripper.close_below + safety.gripper.open_above)
+        self._teleop = Teleoperation(
+            self._config, self._arms, hands, limits.soft_min, limits.soft_max, half_open
+        )
 
         self._lease = ""
         self._leased_at = 0.0
@@ -86,7 +91,7 @@ class TeleopNode(Node):
         self._lease_call: tuple[Future, float] | None = None
         self._status_of_arms: ArmsStatus | None = None
         self._heard = -np.inf  # wall time of it
-        self._joints: dict[str, tuple[float, np.ndarray]] = {}
+        self._joints: dict[tuple[str, str], tuple[float, np.ndarray]] = {}  # by arm and topic
         self._seq = -1
         self._sent: dict[int, float] = {}  # seq -> when; neither accepted nor refused yet
         self._rejection = ""  # the last one that was looked at
@@ -110,7 +115,9 @@ class TeleopNode(Node):
         self.create_service(Trigger, "~/stop", self._on_stop)
         self.create_subscription(DiagnosticStatus, "/arms/status", self._on_arms, latched)
         for arm in self._arms:
-            self._listen(JointState, f"/{arm}/joint_states", lambda m, arm=arm: self._on_joints(arm, m))
+            for topic in ("joint_states", "joint_reference"):
+                on_joints = partial(self._on_joints, arm, topic)
+                self._listen(JointState, f"/{arm}/{topic}", on_joints)
         self._readers: dict[str, Reader] = {}
         self._triggers: dict[str, float] = {}
         self._stamps = {arm: Stamps() for arm in self._arms}
@@ -167,14 +174,13 @@ class TeleopNode(Node):
 
     # --- arms
 
-    def _on_joints(self, arm: str, message: JointState) -> None:
+    def _on_joints(self, arm: str, topic: str, message: JointState) -> None:
         if tuple(message.name) != self._names[arm] or len(message.position) != len(message.name):
-            text = (
-                f"{arm}: joint states name {', '.join(message.name)}, expected {', '.join(self._names[arm])}"
-            )
+            names, expected = ", ".join(message.name), ", ".join(self._names[arm])
+            text = f"/{arm}/{topic} names {names}, expected {expected}"
             self.get_logger().error(text, throttle_duration_sec=5.0)
             return
-        self._joints[arm] = seconds(message.header.stamp), np.array(message.position)
+        self._joints[arm, topic] = seconds(message.header.stamp), np.array(message.position)
 
     def _on_arms(self, message: DiagnosticStatus) -> None:
         try:
@@ -196,14 +202,21 @@ class TeleopNode(Node):
             return f"arms {arms.state}: {arms.reason}; /arms/recover, then ~/start"
         return "the arms are homing" if arms.state == "HOMING" else ""
 
-    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions [J] rad and openings [G] of the arms. Raises Refused while they are not known."""
+    def _newest(self, topic: str) -> list[np.ndarray]:
+        """By arm: joints [7] rad, and the opening of a hand. Raises Refused while they are not known."""
         now = self._clock.now()
         for arm in self._arms:
-            if arm not in self._joints or now - self._joints[arm][0] > JOINTS_OLD_S:
-                raise Refused(f"no joint states from the {arm} arm")
-        rows = [self._joints[arm][1] for arm in self._arms]
-        return np.concatenate([row[:7] for row in rows]), np.concatenate([row[7:] for row in rows])
+            if now - self._joints.get((arm, topic), (-np.inf,))[0] > JOINTS_OLD_S:
+                raise Refused(f"nothing new on /{arm}/{topic}: is the arms node up?")
+        return [self._joints[arm, topic][1] for arm in self._arms]
+
+    def _measured(self) -> np.ndarray:
+        """Joints [J] rad. Raises Refused."""
+        return np.concatenate([row[:7] for row in self._newest("joint_states")])
+
+    def _told_hands(self) -> np.ndarray:
+        """Openings [G] the hands were told last. Raises Refused."""
+        return np.concatenate([row[7:] for row in self._newest("joint_reference")])
 
     # --- services
 
@@ -254,7 +267,7 @@ class TeleopNode(Node):
         for arm, reader in self._readers.items():
             if reader.problem:
                 raise Refused(f"{arm} leader: {reader.problem}")
-        self._teleop.check(self._clock.now(), self._measured()[0])
+        self._teleop.check(self._clock.now(), self._measured())
 
     def _pursue_lease(self) -> None:
         if self._lease_call is None:
@@ -283,7 +296,7 @@ class TeleopNode(Node):
             self._let_go()
             return False, "stopped"
         try:
-            self._teleop.engage(self._leased_at, *self._measured())
+            self._teleop.engage(self._leased_at, self._measured(), self._told_hands())
         except Refused as error:  # they moved meanwhile
             self._let_go()
             return False, str(error)
@@ -374,7 +387,7 @@ class TeleopNode(Node):
         ages = {arm: now - teleop.samples[arm].newest_s for arm in self._arms}
         difference, joint = np.nan, ""
         with contextlib.suppress(Refused):
-            difference, joint = teleop.difference(self._measured()[0])
+            difference, joint = teleop.difference(self._measured())
         values = {
             "state": teleop.state.value,
             "source": self._config.source,

@@ -23,6 +23,7 @@ from vipra_ros.teleop.leader import Samples
 
 CATCH_UP_S = 0.2  # in which a small distance to the leader decays
 ALIGN_S = 0.3  # the same while aligning
+WIDE_OPEN = 0.95  # a hand this open holds nothing: 4 mm are left to its end
 
 
 class State(enum.Enum):
@@ -47,21 +48,25 @@ class Teleoperation:
         hands: tuple[bool, ...],
         low: np.ndarray,
         high: np.ndarray,
+        half_open: float = 0.5,
         acceleration: float = 4.0,
     ):
-        """`acceleration`: rad/s2 of the command while following."""
+        """`half_open`: an opening that neither opens nor closes a hand; `acceleration`: rad/s2 of the command
+        while following.
+        """
         self.config, self.arms = config, arms
         self.state, self.reason = State.OFF, "off: ~/start couples the arms to their leaders"
         self.samples = {arm: Samples(config) for arm in arms}
         self._hands = np.array(hands)
-        self._low, self._high, self._acceleration = low, high, acceleration
+        self._low, self._high = low, high
+        self._half_open, self._acceleration = half_open, acceleration
         self._seq = 0
         self._k = 0
         self._q = self._v = self._before = np.zeros(len(low))
         self._knots: deque[np.ndarray] = deque(maxlen=config.knots)  # [J]
         self._openings: deque[np.ndarray] = deque(maxlen=config.knots)  # [G]
-        self._told: np.ndarray | None = None  # [G] what the hands were told last
-        self._taken = np.zeros(int(self._hands.sum()), bool)
+        self._told = np.zeros(sum(hands))  # [G] what the hands were told last
+        self._taken = np.zeros(sum(hands), bool)
 
     @property
     def active(self) -> bool:
@@ -93,15 +98,20 @@ class Teleoperation:
         if not size < limit:
             raise Refused(f"{joint} is {size:.2f} rad from its leader, limit {limit:g}: bring it closer")
 
-    def engage(self, now: float, measured: np.ndarray, openings: np.ndarray) -> None:
-        """Couple the arms, at rest at `measured` [J] rad with hands at `openings` [G]. Raises Refused."""
+    def engage(self, now: float, measured: np.ndarray, told: np.ndarray) -> None:
+        """Couple the arms, at rest at `measured` [J] rad. Raises Refused.
+
+        `told` [G]: what the arms say their hands were told last, as long as nobody told them anything what
+        they measure. So one between half and wide open may hold something: it is told nothing, and only a
+        squeezed trigger takes it over.
+        """
         self.check(now, measured)
         self._q = self._within(measured)
         self._v = np.zeros_like(self._q)
         self._before = self._q
         self._k = min(samples.knots[-1][0] for samples in self.samples.values())
-        # A hand that holds something must not open because its trigger is let go at this moment.
-        self._told = np.array(openings, float) if self._told is None else self._told
+        holding = (told > self._half_open) & (told < WIDE_OPEN)
+        self._told = np.where(holding, self._half_open, told)
         self._taken[:] = False
         self._knots.extend([self._q] * self.config.knots)
         self._openings.extend([self._told] * self.config.knots)
@@ -115,7 +125,6 @@ class Teleoperation:
 
     def stop(self, reason: str = "off: ~/start couples the arms to their leaders") -> None:
         self._set(State.OFF, reason)
-        self._told = None
 
     def lose(self, reason: str) -> None:
         """Let go for a reason the operator should see."""
@@ -181,7 +190,7 @@ class Teleoperation:
     def _hand(self, trigger: np.ndarray) -> np.ndarray:
         """Openings [G] for the triggers' [G]: each takes over once it is on the side where its hand is."""
         there = np.isfinite(trigger)
-        self._taken |= there & ((trigger > 0.5) == (self._told > 0.5))
+        self._taken |= there & ((trigger > self._half_open) == (self._told > self._half_open))
         self._told = np.where(self._taken & there, trigger, self._told)
         return self._told
 

@@ -11,6 +11,7 @@ from config.loading import ConfigError, load, parse
 from config.safety import Safety
 from config.teleop import Filter, Teleop
 from vipra_ros.execution.reference import Reference
+from vipra_ros.robot.gripper import Hysteresis
 from vipra_ros.safety.limits import JointLimits
 from vipra_ros.teleop.follow import Refused, State, Teleoperation
 from vipra_ros.teleop.leader import OneEuro, Samples, Stamps
@@ -304,22 +305,51 @@ def test_pause_lets_go_and_coupling_again_starts_where_the_arm_is():
     np.testing.assert_allclose(rig.chunks[-1].joints[-1], HOME + 0.2, atol=2e-3)
 
 
-def test_coupling_again_does_not_open_a_hand_that_holds_something():
+CUP = 0.068 / SAFETY.gripper.max_width_m  # opening of a hand that holds a cup; above `open_above`
+
+
+@pytest.mark.parametrize("leave", ["pause", "stop", "lose"])
+@pytest.mark.parametrize("trigger", [0.0, 1.0])
+def test_coupling_again_never_opens_a_hand_that_was_told_to_close(leave, trigger):
     rig = Rig().engage().run(1.0)
     rig.trigger = 0.0
     rig.run(1.0)
-    assert rig.chunks[-1].grippers[-1] == 0.0
-    rig.tele.pause()
-    rig.trigger = 1.0  # let go during the pause
+    told = rig.chunks[-1].grippers[-1]
+    getattr(rig.tele, leave)(*["a reason"] * (leave == "lose"))
+    rig.trigger = trigger
     rig.run(0.4)
-    rig.tele.engage(rig.t, rig.measured, np.array([0.5]))
+    count = len(rig.chunks)
+    rig.tele.engage(rig.t, rig.measured, told)
     rig.run(1.0)
-    assert rig.chunks[-1].grippers[-1] == 0.0 and rig.tele.waiting_triggers == ("right",)
-    rig.trigger = 0.1
-    rig.run(0.2)
-    rig.trigger = 0.9
-    rig.run(0.2)
+    assert max(chunk.grippers.max() for chunk in rig.chunks[count:]) == 0.0
+    assert rig.tele.waiting_triggers == (("right",) if trigger else ())
+    for rig.trigger in (0.1, 0.9):  # squeezed, then opened
+        rig.run(0.2)
     assert rig.chunks[-1].grippers[-1] == pytest.approx(0.9) and not rig.tele.waiting_triggers
+
+
+@pytest.mark.parametrize("trigger", [0.0, 1.0])
+def test_coupling_after_the_arms_were_restarted_does_not_open_a_hand_round_a_cup(trigger):
+    """Nobody told the hand anything yet: its reference is what is measured, any clear wish is carried out."""
+    rig, hand = Rig(), Hysteresis(SAFETY.gripper)
+    rig.openings, rig.trigger = np.array([CUP]), trigger
+    rig.engage().run(1.0)
+    wishes = [hand.update(opening) for chunk in rig.chunks for opening in chunk.grippers[:, 0]]
+    assert len(wishes) > 50 and set(wishes) <= ({None} if trigger else {None, "close"})
+    for rig.trigger in (0.0, 1.0):
+        rig.run(0.4)
+        wishes += [hand.update(opening) for opening in rig.chunks[-1].grippers[-4:, 0]]
+    assert [wish for wish in wishes if wish] == ["close", "open"]
+
+
+def test_a_hand_that_another_commander_closed_during_a_pause_stays_closed():
+    rig = Rig().engage().run(1.0)
+    assert rig.chunks[-1].grippers[-1] == 1.0
+    rig.tele.pause()
+    count = len(rig.chunks)
+    rig.tele.engage(rig.t, rig.measured, np.zeros(1))
+    rig.run(1.0)
+    assert max(chunk.grippers.max() for chunk in rig.chunks[count:]) == 0.0
 
 
 def test_without_a_trigger_the_hand_stays():

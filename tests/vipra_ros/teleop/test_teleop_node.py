@@ -163,6 +163,14 @@ def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
     assert rig.call("stop")[0]
     rig.wait_let_go(2)
     rig.wait_state("OFF")
+    rig.arms.opening = 0.86  # measured: of no interest, only what the hands were told
+    told, count = rig.arms.chunks[-1][1].grippers[-1], len(rig.arms.chunks)
+    rig.gello.opening["left"] = 1.0
+    rig.start()
+    rig.wait_state("FOLLOWING")
+    for _, chunk in rig.arms.chunks[count:]:
+        np.testing.assert_array_equal(chunk.grippers, np.tile(told, (len(chunk), 1)))
+    assert rig.call("stop")[0]
 
 
 def test_a_silent_leader_a_jump_and_nan_let_the_arms_go_and_need_a_new_start(rig):
