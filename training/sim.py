@@ -5,7 +5,7 @@
 
 Every step is a command a user would type, or says so. What is finished stays; a step that was cut off, by a
 kill or by --minutes, goes on when this is run again (exit status 75: not finished). Steps that draw or play
-(states, videos, demonstrations, choose, evaluate) need a renderer, the others torch: they may run on
+(states, videos, demonstrations, choose, evaluate, live) need a renderer, the others torch: they may run on
 different machines over the same folder. docs/vipra_sim.md has the commands for a rented GPU.
 """
 
@@ -33,6 +33,8 @@ DEMONSTRATIONS = 200_000  # first seed
 SPARE = 1.2  # trials played for a demonstration: failures are left out
 DEVELOPMENT = (300_000, 20)  # seeds that choose a checkpoint: first, count
 PAIRED = "1000:1200"  # seeds of the comparison with Scratch
+HELD_OUT = "0:50"  # seeds of the trials on the whole stack
+LATENCY_MS = 100  # of simulated time for a chunk, in lockstep
 STRIDES = (2, 4)  # of stage 1, frames at 15 Hz
 LABEL_STRIDE = 2  # 14 steps are 1.9 s
 CHECKPOINTS = (0.5, 0.65, 0.8, 1.0)  # of the steps of stage 3, to choose from
@@ -179,6 +181,7 @@ def check_gate(path: Path, ignore: bool) -> None:
 
 
 def latent(plan: Plan) -> None:
+    check_gate(plan.out / "gate.json", plan.ignore_gate)
     train(plan, "latent", "latent", changes=(plan.data(*STRIDES),))
 
 
@@ -193,6 +196,7 @@ def labels(plan: Plan) -> None:
 
 
 def pretrain(plan: Plan) -> None:
+    check_gate(plan.out / "gate.json", plan.ignore_gate)
     sources = ["--labels", plan.out / "labels", "--tokenizer", plan.out / "tokenizer"]
     train(plan, "pretrain", "pretrained", *sources)
 
@@ -249,9 +253,14 @@ def choose(plan: Plan) -> None:
     """
     first, count = DEVELOPMENT
     for name in VARIANTS:
-        folders = sorted((plan.out / "choices").glob(f"{name}-*"))
-        if done(plan.out / name) or not folders:
+        folders = [plan.out / "choices" / f"{name}-{steps:06d}" for steps in checkpoints(plan)]
+        there = [done(folder) for folder in folders]
+        if done(plan.out / name) or not any(there):
             continue
+        if not all(there):
+            raise TrainingError(
+                f"{name}: {sum(there)} of {len(there)} checkpoints are there: run its step again"
+            )
         rates = []
         for folder in folders:
             report = plan.out / "development" / folder.name
@@ -275,9 +284,15 @@ def evaluate(plan: Plan) -> None:
     plan.run("vipra_ros.cli", "evaluate", *compared, "--out", folder / "comparison")
 
 
+def live(plan: Plan) -> None:
+    """The policy on the whole stack, in real time: camera, server, ROS 2, arms; with videos."""
+    what = ["--policy", plan.out / "policy", "--seeds", HELD_OUT, "--out", plan.out / "evaluation" / "live"]
+    plan.run("vipra_ros.cli", "evaluate", TASK, "--live", *what)
+
+
 def _evaluate(plan: Plan, policy: Path, seeds: str, out: Path) -> None:
-    what = [TASK, "--policy", policy.resolve(), "--seeds", seeds, "--out", out, "--no-video"]
-    plan.run("vipra_ros.cli", "evaluate", *what)
+    what = ["--policy", policy, "--seeds", seeds, "--out", out, "--latency-ms", LATENCY_MS, "--no-video"]
+    plan.run("vipra_ros.cli", "evaluate", TASK, *what)
 
 
 def _report(folder: Path) -> dict:
@@ -346,6 +361,7 @@ STEPS: dict[str, Callable[[Plan], None]] = {
     "bidirectional": bidirectional,
     "choose": choose,
     "evaluate": evaluate,
+    "live": live,
     "summary": summarise,
 }
 

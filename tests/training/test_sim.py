@@ -12,7 +12,7 @@ import torch
 from config.loading import root
 from training import gate
 from training.run import TrainingError
-from training.sim import OutOfTime, Plan, check_gate, checkpoints
+from training.sim import OutOfTime, Plan, check_gate, checkpoints, choose
 
 # MuJoCo's renderer and torch do not share a process.
 SCRIPT = """
@@ -114,3 +114,8 @@ def test_a_command_ends_with_its_minutes_and_exports_come_in_order(tmp_path):
     with pytest.raises(OutOfTime):
         plan.run("http.server", "0", "--bind", "127.0.0.1")
     assert checkpoints(plan) == [20, 26, 32, 40]
+    half = tmp_path / "choices" / "policy-000020"
+    half.mkdir(parents=True)
+    (half / "manifest.json").write_text("{}")
+    with pytest.raises(TrainingError, match="policy: 1 of 4 checkpoints are there"):
+        choose(plan)
