@@ -5,11 +5,13 @@ at one moment. Each episode is made in a worker process (MuJoCo renders there, t
 """
 
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +88,7 @@ def generate(
             min(workers, len(numbers)), context, _open_stage, (wanted.robot, cache, os.environ["MUJOCO_GL"])
         )
         try:
-            for episode in pool.map(functools.partial(_make, wanted), numbers):
+            for episode in in_order(pool, functools.partial(_make, wanted), numbers, 2 * workers):
                 for i, picture in enumerate(episode.frames):
                     row = {
                         demonstration.CAMERA: picture,
@@ -103,6 +105,18 @@ def generate(
         finally:
             pool.shutdown(cancel_futures=True)
     return len(numbers)
+
+
+def in_order(
+    pool: Executor, make: Callable[[int], Episode], numbers: Iterable[int], ahead: int
+) -> Iterator[Episode]:
+    """Episodes of `numbers`; `ahead` of them at most are made or wait: 640x360 px take 10 MB a second."""
+    left = iter(numbers)
+    waiting = deque(pool.submit(make, number) for number in itertools.islice(left, ahead))
+    while waiting:
+        episode = waiting.popleft().result()
+        waiting.extend(pool.submit(make, number) for number in itertools.islice(left, 1))
+        yield episode
 
 
 _stage = None  # of a worker process

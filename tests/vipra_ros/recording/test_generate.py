@@ -1,7 +1,9 @@
 """One trial recorded through the nodes and one made by the fast generator are demonstrations of one kind."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from config.safety import Safety
 from config.task import Task
 from episodes.demonstration import ACTION, CAMERA, CAPTURE, STATE, SYNC
 from episodes.reader import Dataset
+from vipra_ros.recording import generate as generator
 from vipra_ros.recording.generate import ATTEMPTS, ExpertFailed, Wanted
 from vipra_ros.teleop.expert import Operator, watching_hands
 
@@ -129,3 +132,64 @@ def test_a_flagged_episode_is_kept_where_asked_for_only():
     operator = Scripted({0}, keep_flagged=True)
     operator.record(0, said.append)
     assert operator.done == ["kept"] and said[-1] == "episode 0: flagged; 9.0 s"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The generator with threads for workers and pictures of 48x64; what they made, in order."""
+    import simulation.render as render
+
+    made: list[int] = []
+
+    def make(wanted, number):
+        made.append(number)
+        values = np.full((4, 8), float(number))
+        frames = np.full((4, 48, 64, 3), 10 * number, np.uint8)
+        return generator.Episode(f"trial {number}", np.arange(4) / 15, frames, values, values)
+
+    monkeypatch.setattr(render, "live_meshes", lambda cache: None)
+    monkeypatch.setattr(generator, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(generator, "_make", make)
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
+    return made
+
+
+def wanted(episodes: int) -> Wanted:
+    robot = load(Robot, "sim_single")
+    camera = robot.camera.model_copy(update={"width": 64, "height": 48})
+    return Wanted(load(Task, "stack_cups"), robot.model_copy(update={"camera": camera}), episodes)
+
+
+def test_an_interrupted_run_goes_on_and_the_queue_stays_short(tmp_path, quick, monkeypatch):
+    make, root = generator._make, tmp_path / "d"
+
+    def fails_at_2(wanted, number):
+        if number == 2:
+            raise ExpertFailed("trial 10002: the expert failed")
+        return make(wanted, number)
+
+    monkeypatch.setattr(generator, "_make", fails_at_2)
+    with pytest.raises(ExpertFailed, match="trial 10002"):
+        generator.generate(wanted(3), root, tmp_path, workers=1)
+    assert len(Dataset(root)) == 2
+    monkeypatch.setattr(generator, "_make", make)
+    quick.clear()
+    ahead: list[int] = []
+    done = generator.generate(wanted(7), root, tmp_path, 1, lambda n: ahead.append(2 + len(quick) - n))
+    assert done == 5 and quick == list(range(2, 7))
+    assert max(ahead) <= 2  # of two a worker
+    assert [row.tasks for row in Dataset(root).rows] == [(f"trial {n}",) for n in range(7)]
+    assert generator.generate(wanted(7), root, tmp_path) == 0 and len(quick) == 5
+
+
+def test_an_expert_that_fails_tries_every_style_and_says_which_trial(monkeypatch):
+    styles: list[int] = []
+    judge = SimpleNamespace(success=False)
+    monkeypatch.setattr(generator, "_stage", SimpleNamespace(world=SimpleNamespace(judge=judge)))
+    monkeypatch.setattr(generator, "_play", lambda stage, wanted, number, style: styles.append(style))
+    with pytest.raises(ExpertFailed, match="stack_cups, trial 10007: the expert failed 3 times"):
+        generator._make(wanted(8), 7)
+    assert styles == [0, 1, 2]
+    judge.success = True
+    generator._make(wanted(8), 7)
+    assert styles == [0, 1, 2, 0]
