@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from training.run import TrainingError
+from training.run import TrainingError, checkpoints, intact
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True)  # frozen weights come from where training started
 TIMEOUT = timedelta(minutes=60)  # rank 0 may validate and export alone for long
@@ -175,12 +175,6 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / "progress.json").is_file()]
-    return sorted((int(p.name.removeprefix("step-")), p) for p in found)
-
-
 def _state(module: nn.Module, optimizer: Optimizer, average: Average | None) -> dict:
     weights, moments = get_state_dict(module, optimizer, options=OPTIONS)
     return {"model": weights, "optimizer": moments, **({"average": average.slow} if average else {})}
@@ -217,10 +211,8 @@ def save(
     if ranks.sum([problem is not None])[0]:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
-        earlier = checkpoints(folder)
-        left = f"{earlier[-1][1]} is intact" if earlier else "there is no earlier one"
         raise TrainingError(
-            f"checkpoint {final} was not written ({_reason(problem)}); {left}: free some space"
+            f"checkpoint {final} was not written ({_reason(problem)}); {intact(folder)}: free some space"
         )
     if ranks.first:
         shutil.rmtree(final, ignore_errors=True)

@@ -34,6 +34,18 @@ class TrainingError(RuntimeError):
     """Training cannot start or go on; the message names what and the fix."""
 
 
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints (step, path) in a run's `checkpoints` folder, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / "progress.json").is_file()]
+    return sorted((int(p.name.removeprefix("step-")), p) for p in found)
+
+
+def intact(folder: Path) -> str:
+    """What a run whose disk is full still has in its `checkpoints` folder."""
+    earlier = checkpoints(folder)
+    return f"{earlier[-1][1]} is intact" if earlier else "there is no earlier checkpoint"
+
+
 def flat(data: object, prefix: str = "") -> dict[str, object]:
     """Nested maps and lists -> {"a.b.0": value}."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
@@ -91,12 +103,14 @@ class Run:
         self.stopped_by = 0  # signal that ended training early
         config = recipe.model_dump(mode="json")
         known = folder / "config.yaml"
-        if known.is_file():
+        if checkpoints(folder / "checkpoints"):
             self._check_same(config, read_config(folder))
         if rank > 0:
             return
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        known.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        partial = known.with_suffix(".partial")  # other ranks may be reading
+        partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        partial.replace(known)
         with (folder / "environment.json").open("a") as file:
             file.write(json.dumps(environment(world)) + "\n")
         from torch.utils.tensorboard import SummaryWriter

@@ -16,7 +16,7 @@ import torch
 import typer
 
 from training import cli, distributed
-from training.run import Run, TrainingError
+from training.run import Run, TrainingError, read_config
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -141,6 +141,12 @@ def test_another_configuration_is_refused_in_the_same_folder(tmp_path):
     toy.run(tmp_path, 2, toy.Toy())
     with pytest.raises(TrainingError, match="global_batch 8, now it is 16"):
         toy.run(tmp_path, 2, toy.Toy(), global_batch=16)
+
+
+def test_a_start_that_failed_can_be_corrected_in_the_same_folder(tmp_path):
+    for batch in (8, 16):
+        Run(tmp_path, toy.recipe(2, global_batch=batch)).close()
+    assert read_config(tmp_path)["global_batch"] == 16
 
 
 def test_a_device_that_is_none_does_not_train_on_the_cpu(capsys):
