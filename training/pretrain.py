@@ -5,10 +5,12 @@ Reads what `vipra label` wrote. Everything is tokens, so a step needs no video a
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
@@ -31,16 +33,40 @@ from training.tokenizer import pictures
 FREE_RUNNING_LIMIT = 200_000_000  # parameters up to which validation also lets the model run freely
 
 
+MANIFEST = ("tokenizer", "latent_model", "horizon", "latent_tokens", "latent_codes", "datasets", "shards")
+
+
+def _manifest(path: Path) -> dict:
+    """Raises TrainingError."""
+    try:
+        found = json.loads(path.read_text())
+        return {key: found[key] for key in MANIFEST}
+    except FileNotFoundError as error:
+        raise TrainingError(f"{path} is missing: finish `vipra label` first") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is damaged ({error}): run `vipra label` again") from error
+
+
+def _shard(path: Path, digest: str) -> bytes:
+    """A shard's bytes. Raises TrainingError where they are not those that were labelled."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror}): run `vipra label` again") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise TrainingError(
+            f"{path} is not what was labelled (SHA-256): delete it and run `vipra label` again"
+        )
+    return data
+
+
 class Labels:
     """Rows of a label folder, in memory: T frames in all, episodes whole and in order."""
 
     def __init__(self, folder: Path | str, start: Start, config: ModelConfig):
-        """Raises TrainingError when the folder is incomplete or was made for another tokenizer."""
+        """Raises TrainingError when the folder is incomplete, damaged or made for another tokenizer."""
         folder = Path(folder).expanduser()
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-        except FileNotFoundError as error:
-            raise TrainingError(f"{folder}/manifest.json is missing: finish `vipra label` first") from error
+        self.manifest = _manifest(folder / "manifest.json")
         if self.manifest["tokenizer"] != start.hash:
             raise TrainingError(
                 f"{folder} holds tokens of tokenizer {self.manifest['tokenizer'][:12]}, {start.path} is "
@@ -54,8 +80,8 @@ class Labels:
             )
         columns: dict[str, list] = {"codes": [], "latents": [], "valid": []}
         keys, self.instructions, stride = [], {}, []
-        for name in self.manifest["shards"]:
-            table = pq.read_table(folder / name)
+        for name, digest in self.manifest["shards"].items():
+            table = pq.read_table(pa.BufferReader(_shard(folder / name, digest)))
             if not len(table):
                 continue
             for column, values in columns.items():

@@ -114,6 +114,17 @@ def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, tmp_path
         distributed.stop()
 
 
+def test_left_out_episodes_are_not_labelled(made, ranks, tmp_path):
+    (tmp_path / "data/episode_2/instruction.txt").write_text("move")
+    options = {"rate_hz": 5, "instructed_only": True}
+    made.data = Mixture(datasets=(DatasetConfig(path=str(tmp_path / "data"), **options),))
+    write(made, tmp_path / "labels", ranks)
+    begun = start.open_start(made.tokenizer)
+    labels = pretrain.Labels(tmp_path / "labels", begun, begun.config)
+    assert labels.instructions == {"0/episode_2": "move"}
+    assert labels.manifest["skipped"][0] == ["0/episode_0", "episode_0: has no instruction"]
+
+
 def test_windows_end_with_their_clip():
     index, valid = label.windows(4, 1, 3)
     assert index[0].tolist() == [0, 0, 1, 2, 3] and index[3].tolist() == [2, 3, 3, 3, 3]
@@ -177,3 +188,23 @@ def test_labels_of_another_tokenizer_are_refused(made, ranks, tmp_path):
     begun = start.open_start(made.tokenizer)
     with pytest.raises(TrainingError, match="label again"):
         pretrain.Labels(tmp_path / "labels", dataclasses.replace(begun, hash="0" * 64), begun.config)
+
+
+def test_damaged_labels_are_refused_by_name(made, ranks, tmp_path):
+    write(made, tmp_path / "labels", ranks)
+    begun = start.open_start(made.tokenizer)
+    shard, manifest = tmp_path / "labels" / "shard-00-000001.parquet", tmp_path / "labels" / "manifest.json"
+    whole, other = shard.read_bytes(), (tmp_path / "labels" / "shard-00-000002.parquet").read_bytes()
+    for damaged in (whole[:-50], other):
+        shard.write_bytes(damaged)
+        with pytest.raises(
+            TrainingError, match=r"000001.parquet is not what was labelled .* `vipra label` again"
+        ):
+            pretrain.Labels(tmp_path / "labels", begun, begun.config)
+    shard.unlink()
+    with pytest.raises(TrainingError, match=r"000001.parquet cannot be read"):
+        pretrain.Labels(tmp_path / "labels", begun, begun.config)
+    for text in ("{", "[]", "{}"):
+        manifest.write_text(text)
+        with pytest.raises(TrainingError, match=r"manifest.json is damaged .* run `vipra label` again"):
+            pretrain.Labels(tmp_path / "labels", begun, begun.config)
