@@ -19,6 +19,15 @@ from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Result, wr
 EXPERT = "expert"
 CACHE = Path.home() / ".cache" / "vipra_ros"
 _SHOWN = {"mode", "anchor", "action_rate_hz", "replan_after", "min_cycle_s"}
+_NO_USE = {  # way of evaluating -> option that it does not follow, and why
+    "--operator": {
+        "preset": "it is the bring-up's: vipra up ... preset:=3.5hz",
+        "latency_ms": "an inference takes what it takes",
+        "no_video": "every trial is filmed",
+    },
+    "--live": {"no_video": "every trial is filmed"},
+    f"--policy {EXPERT}": {"preset": "it asks no server", "latency_ms": "it asks no server"},
+}
 _EPILOG = """
   vipra evaluate stack_cups --policy checkpoints/mine --seeds 1000:1050 --split unseen --out runs/mine
       50 trials in simulation; interrupted, the same command goes on where it was
@@ -57,18 +66,18 @@ def main(argv: list[str] | None = None) -> int:
         choices=tuple(PRESETS),
         help="a protocol of the paper; default: asynchronous, 7 of 14, at the demonstrations' rate",
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "--lockstep",
         action="store_true",
         help="simulation that waits for the policy (the default, named): repeatable bit for bit",
     )
-    how.add_argument(
+    way.add_argument(
         "--live",
         action="store_true",
         help="simulation in real time on the whole stack: simulator, camera, policy server and ROS 2 nodes",
     )
-    how.add_argument("--operator", action="store_true", help="at the robot: you set up, start and score")
+    way.add_argument("--operator", action="store_true", help="at the robot: you set up, start and score")
     parser.add_argument(
         "--latency-ms",
         type=float,
@@ -90,12 +99,16 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{'TASK' if name == 'task' else '--' + name} is missing")
     task = load(Task, given.task)
     limit_s = limit_of(task, given.time_limit)
+    how = "--operator" if given.operator else "--live" if given.live else f"--policy {given.policy}"
+    for name, why in _NO_USE.get(how, {}).items():
+        if getattr(given, name) is not parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} means nothing with {how}: {why}")
     if given.latency_ms is None:
         given.latency_ms = 0.0 if given.live else 100.0
     if not 0 <= given.latency_ms <= 5000:
         parser.error(f"--latency-ms {given.latency_ms:g}: 0 to 5000")
-    if given.live and given.policy == EXPERT:
-        parser.error("--live: the expert plays in lockstep simulation only")
+    if (given.live or given.operator) and given.policy == EXPERT:
+        parser.error(f"{how}: the expert plays in lockstep simulation only")
     wanted = keys_of(given.seeds, given.split)
     if given.operator:
         from vipra_ros.evaluation.live import run_at_keyboard

@@ -10,6 +10,7 @@ from sensor_msgs.msg import JointState
 from config.loading import load
 from config.task import Task
 from simulation.tasks.trial import make_trial
+from vipra_ros import evaluate
 from vipra_ros.evaluation import operator
 from vipra_ros.evaluation.ledger import Key, Ledger
 from vipra_ros.evaluation.live import ALARM, HALT_TRIES, GraphRig, Listener, drive, placing, resample
@@ -247,6 +248,26 @@ def test_a_note_is_typed_with_spaces_and_two_in_a_row_stop_the_arms(capsys):
     with heard:
         assert heard.line() == "über my edge!  " and len(halts) == 1
         assert list(heard) == [] and "note: über my edge" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            "--policy mine --operator --preset 3.5hz",
+            "--preset means nothing with --operator: it is the bring",
+        ),
+        ("--policy mine --operator --latency-ms 0", "--latency-ms means nothing with --operator"),
+        ("--policy mine --operator --no-video", "--no-video means nothing with --operator: every trial"),
+        ("--policy mine --live --no-video", "--no-video means nothing with --live"),
+        ("--policy expert --preset 7hz", "--preset means nothing with --policy expert: it asks no server"),
+        ("--policy expert --operator", "--operator: the expert plays in lockstep"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path, capsys, options, error):
+    with pytest.raises(SystemExit):
+        evaluate.main(["stack_cups", "--seeds", "0:2", "--out", str(tmp_path / "a"), *options.split()])
+    assert error in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_joint_states_of_two_arms_come_onto_one_grid():
