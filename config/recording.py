@@ -39,7 +39,7 @@ class Quality(Strict):
     freeze_levels: float = Field(
         3.0, ge=0, description="largest mean change of a 16x16 px block that counts as none, of 255"
     )
-    idle_s: float = Field(0.3, gt=0, description="longest rest in the middle of an episode")
+    idle_s: float = Field(0.3, gt=0, description="longest rest, start and end of an episode included")
     idle_speed_rad_s: float = Field(0.02, gt=0, description="slower than this in every joint is rest")
     idle_opening_per_s: float = Field(0.05, gt=0, description="the same for hands")
     min_s: float = Field(1.0, ge=0, description="shortest episode")

@@ -108,7 +108,7 @@ def record(context: typer.Context):
 
 @app.command(context_settings=_FORWARD)
 def dataset(context: typer.Context):
-    """Look after recorded demonstrations: vipra dataset check|stats|view|merge|replay."""
+    """Demonstrations: vipra dataset check|stats|view|merge|replay, or simulated ones: generate."""
     from vipra_ros.dataset_cli import main as run
 
     raise typer.Exit(run(context.args))

@@ -31,6 +31,7 @@ EPILOG = """\
   vipra dataset generate stack_cups recordings/sim --episodes 200    simulated, by the task's scripted expert
 """
 _AT_ONCE = 64  # pictures decoded together
+_SHEET = 40  # episodes of a contact sheet: a picture that can still be opened
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,17 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     stats = verbs.add_parser("stats", help="episodes, minutes, tasks, ranges")
     view = verbs.add_parser("view", help="contact sheet, or pictures and joint plots of one episode")
-    view.add_argument("--episode", type=int, metavar="N", help="default: all, as a contact sheet")
-    view.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default: beside your terminal)")
+    view.add_argument(
+        "--episode", type=int, metavar="N", help=f"default: a contact sheet of the first {_SHEET}"
+    )
+    view.add_argument(
+        "--out", type=Path, metavar="FILE", help="PNG to write (default: here, named as FOLDER)"
+    )
     view.add_argument("--columns", type=int, default=8, help="moments of an episode (default: %(default)s)")
     replay = verbs.add_parser("replay", help="send an episode's actions to the arms")
-    replay.add_argument("--episode", type=int, required=True, metavar="N")
+    replay.add_argument("--episode", type=int, required=True, metavar="N", help="which one, from 0")
     replay.add_argument(
         "--robot", default="sim_bimanual", help="file in config/robots (default: %(default)s)"
     )
     replay.add_argument("--speed", type=float, default=1.0, help="0.1 to 1 (default: %(default)s)")
     for verb in (check, stats, view, replay):
-        verb.add_argument("dataset", type=Path, metavar="FOLDER")
+        verb.add_argument("dataset", type=Path, metavar="FOLDER", help="the dataset")
     for verb in (check, view):
         verb.add_argument(
             "--safety", default="fr3", help="limits, file in config/safety (default: %(default)s)"
@@ -279,14 +284,14 @@ def _view(said: argparse.Namespace) -> int:
     if said.episode is None:
         out = said.out or Path(f"{dataset.root.resolve().name}.png")
         strips = []
-        for episode, row in enumerate(dataset.rows):
+        for episode, row in enumerate(dataset.rows[:_SHEET]):
             name = f"episode {row.index}: {row.length / dataset.fps:.1f} s, {', '.join(row.tasks)}"
             strips.append((name, _moments(dataset, episode, said.columns)))
-            if len(strips) == 40:  # a picture that can still be opened
-                break
         columns = max(len(frames) for _, frames in strips)
         strips = [(name, np.concatenate([f, np.repeat(f[-1:], columns - len(f), 0)])) for name, f in strips]
         pictures.sheet(strips, out)
+        if len(dataset) > _SHEET:
+            print(f"the first {_SHEET} of {len(dataset)} episodes; --episode N shows any other")
     else:
         if not 0 <= said.episode < len(dataset):
             raise EpisodesError(f"{said.dataset} has episodes 0 to {len(dataset) - 1}, not {said.episode}")

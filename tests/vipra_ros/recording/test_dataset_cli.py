@@ -142,7 +142,9 @@ def test_stats_view_and_merge(tmp_path, capsys, monkeypatch):
     assert dataset_cli.main(["stats", "both"]) == 0
     said = capsys.readouterr().out
     assert "3 episodes, 0.1 min; 1.3 to 2.0 s" in said and "3  stack" in said
+    monkeypatch.setattr(dataset_cli, "_SHEET", 2)
     assert dataset_cli.main(["view", "both"]) == 0
+    assert "the first 2 of 3 episodes; --episode N" in capsys.readouterr().out
     assert dataset_cli.main(["view", "both", "--episode", "1"]) == 0
     for name in ("both.png", "both_000001.png"):
         with Image.open(tmp_path / name) as image:
