@@ -13,6 +13,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,10 +170,11 @@ class Run:
         if self.rank > 0:
             return
         entry = {"step": step, "time": round(time.time(), 3), **{k: float(v) for k, v in metrics.items()}}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with self._writing("metrics.jsonl") as path, path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with self._writing("events.out"):
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(dict(metrics), step=step)
         if self.progress and "loss" in metrics:
@@ -193,8 +196,10 @@ class Run:
             return
         from PIL import Image
 
-        Image.fromarray(image).save(self.folder / "images" / f"{name}-{step:06d}.png")
-        self.tensorboard.add_image(name, image, step, dataformats="HWC")
+        with self._writing(f"images/{name}-{step:06d}.png") as path:
+            Image.fromarray(image).save(path)
+        with self._writing("events.out"):
+            self.tensorboard.add_image(name, image, step, dataformats="HWC")
         if self.wandb:
             import wandb
 
@@ -210,13 +215,29 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         if self.rank == 0:
-            (self.folder / name).write_text(text, encoding="utf-8")
+            with self._writing(name) as path:
+                path.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of `name` in the folder. Raises TrainingError where it cannot be written."""
+        path = self.folder / name
+        try:
+            yield path
+        except OSError as error:
+            left = intact(self.folder / "checkpoints")
+            raise TrainingError(
+                f"{path} was not written ({error.strerror or error}); {left}: free some space"
+            ) from error
 
     def close(self) -> None:
         if self.progress:
             self.progress.stop()
         if self.tensorboard:
-            self.tensorboard.close()
+            with suppress(
+                OSError
+            ):  # a full disk, which has ended the run; metrics.jsonl has the same numbers
+                self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 

@@ -118,19 +118,22 @@ def test_a_stage_under_autocast_is_planned_too(capsys):
     assert re.search(r"activations\W+[\d.]+ GiB", capsys.readouterr().out)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_loadable(reference, tmp_path):
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_full_disk_leaves_the_previous_checkpoint_loadable(log_every, reference, tmp_path):
     toy.run(tmp_path, 20, toy.Toy(stop_at=5))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Fills(toy.Toy):
         def after_step(self, step, ranks):
-            if step == 9:  # from here on no file may grow past 3 kB: the weights' shard is larger
-                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+            if step == 9:  # from here on no file may grow past 3 kB, the log not at all
+                full = (tmp_path / "metrics.jsonl").stat().st_size if log_every == 1 else 3000
+                resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
             return {}
 
+    file = "metrics.jsonl" if log_every == 1 else "step-00000010"  # its weights' shard is larger
     try:
-        with pytest.raises(TrainingError, match=r"was not written .*step-00000005 is intact"):
-            toy.run(tmp_path, 20, Fills(), log_every=1000)
+        with pytest.raises(TrainingError, match=rf"{file} was not written .*step-00000005 is intact"):
+            toy.run(tmp_path, 20, Fills(), log_every=log_every)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     _, weights = toy.run(tmp_path, 20, toy.Toy(), log_every=1)
