@@ -160,6 +160,8 @@ class Finetune(Stage):
         """Statistics of the training episodes, then the module that fits them."""
         recipe, robot = self.recipe, self.robot
         self.train_corpus, self.held_out = train, held_out
+        for demonstration in (*train.episodes.values(), *held_out.episodes.values()):
+            self.prompts(demonstration.instruction)  # too long a one ends the run here
         kinds = tuple(d.kind for d in robot.dimensions)
         cuts = [
             (chunk(e.actions, t, robot.horizon)[0], e.states[t])

@@ -296,6 +296,8 @@ def build(recipe: PretrainRecipe, ranks: Ranks, run: Run) -> Pretrain:
     stage = Pretrain(recipe)
     labels = Labels(recipe.labels, stage.frames, stage.config)
     stage.labels = labels
+    for instruction in labels.instructions.values():
+        stage.prompts(instruction)  # too long a one ends the run here
     out = held_out_episodes(labels.keys, recipe.validation_share)[labels.episode]
     stage.training = Rows(labels, np.flatnonzero(~out), recipe.seed)
     stage.held = np.flatnonzero(out)

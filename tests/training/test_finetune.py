@@ -405,10 +405,11 @@ def test_instructions_may_be_empty_and_in_any_writing_but_not_too_long(ranks, fr
     demos = [dataclasses.replace(demonstration(seed=i), instruction=w) for i, w in enumerate(words)]
     stage, run = trained(recipe(frame_tokenizer), ranks, tmp_path, *demos)
     assert np.isfinite(run.last()["loss"]) and len({tuple(stage.prompts(w)) for w in words}) == 4
+    wordy = dataclasses.replace(demonstration(), instruction="杯" * 100)
     with pytest.raises(
         TrainingError, match=r"is \d+ tokens with its prompt, the model takes 128: shorten it"
     ):
-        stage.prompts("杯" * 100)
+        stage_for(recipe(frame_tokenizer), demos[0], wordy)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])

@@ -114,17 +114,6 @@ def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, tmp_path
         distributed.stop()
 
 
-def test_left_out_episodes_are_not_labelled(made, ranks, tmp_path):
-    (tmp_path / "data/episode_2/instruction.txt").write_text("move")
-    options = {"rate_hz": 5, "instructed_only": True}
-    made.data = Mixture(datasets=(DatasetConfig(path=str(tmp_path / "data"), **options),))
-    write(made, tmp_path / "labels", ranks)
-    begun = start.open_start(made.tokenizer)
-    labels = pretrain.Labels(tmp_path / "labels", begun, begun.config)
-    assert labels.instructions == {"0/episode_2": "move"}
-    assert labels.manifest["skipped"][0] == ["0/episode_0", "episode_0: has no instruction"]
-
-
 def test_windows_end_with_their_clip():
     index, valid = label.windows(4, 1, 3)
     assert index[0].tolist() == [0, 0, 1, 2, 3] and index[3].tolist() == [2, 3, 3, 3, 3]
@@ -208,3 +197,19 @@ def test_damaged_labels_are_refused_by_name(made, ranks, tmp_path):
         manifest.write_text(text)
         with pytest.raises(TrainingError, match=r"manifest.json is damaged .* run `vipra label` again"):
             pretrain.Labels(tmp_path / "labels", begun, begun.config)
+
+
+def test_an_instruction_too_long_is_refused_before_training(made, ranks, tmp_path, monkeypatch):
+    write(made, tmp_path / "labels", ranks)
+
+    class Wordy(pretrain.Labels):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.instructions[self.keys[-1]] = "杯" * 100
+
+    monkeypatch.setattr(pretrain, "Labels", Wordy)
+    plan = PretrainRecipe(
+        stage="pretrain", labels=str(tmp_path / "labels"), tokenizer=str(made.tokenizer), **COMMON
+    )
+    with pytest.raises(TrainingError, match=r"is \d+ tokens with its prompt, the model takes 128"):
+        pretrain.build(plan, ranks, None)
