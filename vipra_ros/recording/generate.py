@@ -5,13 +5,11 @@ at one moment. Each episode is made in a worker process (MuJoCo renders there, t
 """
 
 import functools
-import itertools
 import multiprocessing
 import os
 import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from config.recording import Recording
 from config.robot import Robot
 from config.task import Task
 from episodes import demonstration
+from episodes.parallel import in_order
 from simulation.tasks.trial import make_trial
 from vipra_ros.recording.worker import open_writer
 
@@ -88,6 +87,7 @@ def generate(
             min(workers, len(numbers)), context, _open_stage, (wanted.robot, cache, os.environ["MUJOCO_GL"])
         )
         try:
+            # an episode of 640x360 px takes 10 MB a second
             for episode in in_order(pool, functools.partial(_make, wanted), numbers, 2 * workers):
                 for i, picture in enumerate(episode.frames):
                     row = {
@@ -105,18 +105,6 @@ def generate(
         finally:
             pool.shutdown(cancel_futures=True)
     return len(numbers)
-
-
-def in_order(
-    pool: Executor, make: Callable[[int], Episode], numbers: Iterable[int], ahead: int
-) -> Iterator[Episode]:
-    """Episodes of `numbers`; `ahead` of them at most are made or wait: 640x360 px take 10 MB a second."""
-    left = iter(numbers)
-    waiting = deque(pool.submit(make, number) for number in itertools.islice(left, ahead))
-    while waiting:
-        episode = waiting.popleft().result()
-        waiting.extend(pool.submit(make, number) for number in itertools.islice(left, 1))
-        yield episode
 
 
 _stage = None  # of a worker process
