@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.ledger import Key, Ledger
 from vipra_ros.evaluation.operator import Do, Phase, Session
 from vipra_ros.report.video import Video, jpeg
+
+if TYPE_CHECKING:
+    from vipra_ros.monitor import Status
 
 SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
@@ -340,6 +343,12 @@ class GraphRig:
                 track.append((stamp_s, np.array(message.position)))
 
 
+def played(policy: "Status") -> dict:
+    """Of the policy node's status: what is served and how it is played, as a simulated trial's settings."""
+    words = {name: policy.values.get(name) for name in ("model", "checkpoint", "mode", "anchor")}
+    return words | {name: policy.number(name) for name in ("action_rate_hz", "replan_after", "min_cycle_s")}
+
+
 def resample(arms: list[Track], rate_hz: float) -> tuple[np.ndarray, np.ndarray]:
     """Joint states of each arm -> times [T], joints [T, 7 * arms] rad on one even grid."""
     if not all(arms):
@@ -389,7 +398,7 @@ def run(
             "time_limit_s": limit_s,
             "trials": "by an operator",
             "robot": robot,
-            **{name: status.values.get(name) for name in ("model", "checkpoint", "mode", "action_rate_hz")},
+            **played(status),
         }
         ledger = Ledger(out, settings)
         done = frozenset(result.key for result in ledger.results())

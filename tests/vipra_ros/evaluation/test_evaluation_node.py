@@ -3,12 +3,17 @@
 import runpy
 from pathlib import Path
 
+from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from std_srvs.srv import Trigger
 
-from tests.vipra_ros.graph import Graph
+from tests.vipra_ros.graph import Graph, write_robot
+from vipra_ros.evaluation.live import played
+from vipra_ros.monitor import Status
 from vipra_ros.nodes.evaluation import KEYS, PARAMETERS, EvaluationNode
-from vipra_ros.process import wait_for
+from vipra_ros.nodes.policy import PolicyNode
+from vipra_ros.process import free_port, wait_for
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,6 +35,19 @@ def test_services_are_keys_in_the_order_they_were_called():
             assert future.result().success
         assert [next(pressed) for _ in range(4)] == ["\n", "s", "k", " "]
         assert sorted(KEYS.values()) == sorted("spfakuq \n")  # none has two meanings
+
+
+def test_the_policy_node_tells_how_it_plays(tmp_path):
+    told = {"mode": "synchronous", "anchor": "append", "action_rate_hz": 3.5}
+    told |= {"replan_after": 14, "min_cycle_s": 2.0}
+    robot = write_robot(tmp_path, policy={"server": f"tcp://127.0.0.1:{free_port()}", **told})
+    with Graph() as graph:
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        statuses = graph.collect(DiagnosticStatus, "/policy/status", latched)
+        graph.spin(PolicyNode(context=graph.context, parameter_overrides=[Parameter("robot", value=robot)]))
+        wait_for(lambda: statuses, 20.0, "a status")
+        status = Status(0, "", {value.key: value.value for value in statuses[0].values})
+    assert played(status) == told | {"model": "", "checkpoint": ""}
 
 
 def test_the_launch_file_offers_every_parameter():
