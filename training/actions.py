@@ -17,6 +17,7 @@ from policy_server.images import fit
 from training.data.episode import DataError, Episode
 from training.data.open import open_dataset
 from training.data.sampling import held_out
+from training.data.windows import check_usable
 from training.distributed import Ranks
 from training.run import Run, TrainingError
 
@@ -172,18 +173,24 @@ def read_corpus(
 
     relative: actions are learned relative to the state, so every episode needs one.
 
-    An unreadable episode is skipped, counted and said where the mixture asks for that. Raises
+    An unreadable or left-out episode is skipped and said where the mixture asks for that. Raises
     TrainingError for demonstrations of another robot or rate, DataError for what cannot be read.
     """
     mine: dict[tuple[int, int], Demonstration] = {}
     broken: list[str] = []
     for number, config in enumerate(mixture.datasets):
+        if config.stride != 1:
+            raise TrainingError(
+                f"data.datasets.{number}.stride is {config.stride}, stage 3 learns every recorded action: "
+                "set it to 1"
+            )
         reader = open_dataset(config)
         check_reader(config.path, reader.action_names, robot)
         view = (config.views or reader.views)[0]
         for index in run.track(range(ranks.rank, len(reader), ranks.size), f"encoding {config.path}"):
             try:
                 episode = reader.episode(index)
+                check_usable(episode, config)
                 check_episode(f"{config.path}/{episode.key}", episode, robot)
                 if relative and episode.state is None:
                     raise TrainingError(

@@ -29,7 +29,7 @@ from training import distributed
 from training.data.augment import prepare
 from training.data.episode import DataError, Episode
 from training.data.open import open_dataset
-from training.data.windows import pick_view
+from training.data.windows import check_usable, pick_view
 from training.distributed import Ranks
 from training.run import TrainingError
 from training.start import open_start
@@ -137,9 +137,8 @@ def label(
         for index in range(first, min(first + episodes_per_shard, len(reader))):
             try:
                 episode = reader.episode(index)
+                check_usable(episode, config)
                 view = pick_view(episode, config.views)
-                if episode.length < config.min_frames:
-                    raise DataError(f"{episode.key}: has {episode.length} frames, needs {config.min_frames}")
                 parts = label_episode(episode, view, config.stride, horizon, batch, model, vqgan)
             except DataError as error:
                 if mixture.on_error == "raise":

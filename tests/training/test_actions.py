@@ -48,6 +48,20 @@ def frames(folder, episodes: int = 2, steps: int = 3, name: str = "images"):
     return folder
 
 
+def test_left_out_episodes_and_strides_are_those_of_the_other_stages(read, tmp_path):
+    folder = frames(tmp_path / "f")
+    frames(tmp_path / "f/short", 1, steps=1)
+    (folder / "episode_1/instruction.txt").write_text("wipe")
+    train, _, said = read(folder, rate_hz=5)
+    assert list(train.episodes) == [(0, 0), (0, 1)] and "short/episode_0: has 1 frames, needs 2" in said[0]
+    train, *_ = read(folder, rate_hz=5, instructed_only=True)
+    assert [e.instruction for e in train.episodes.values()] == ["wipe"]
+    with pytest.raises(
+        TrainingError, match=r"datasets\.0\.stride is 2, stage 3 learns every recorded action"
+    ):
+        read(folder, rate_hz=5, stride=2)
+
+
 def test_relative_actions_need_a_state(read, tmp_path):
     folder = frames(tmp_path / "f")
     train, *_ = read(folder, rate_hz=5)

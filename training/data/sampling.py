@@ -18,7 +18,7 @@ from training.data.augment import draw
 from training.data.episode import DataError, Episode
 from training.data.index import lengths
 from training.data.open import open_dataset
-from training.data.windows import Cut, Window
+from training.data.windows import Cut, Window, check_usable
 
 Subset = Literal["train", "validation", "all"]
 BLOCK = 4096
@@ -188,10 +188,7 @@ class Samples(Dataset):
     ) -> tuple[Episode, Cut]:
         config = self.mixture.datasets[dataset]
         episode = self.readers[dataset].episode(index)
-        if episode.length < config.min_frames:
-            raise DataError(f"{episode.key}: has {episode.length} frames, needs {config.min_frames}")
-        if config.instructed_only and not episode.instruction:
-            raise DataError(f"{episode.key}: has no instruction")
+        check_usable(episode, config)
         if frame is None:
             frame = self.window.first(episode.length, config.stride, rng)
         change = draw(augmentation, rng) if augmentation else None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from config.dataset import DatasetConfig
 from training.data.augment import Draw, prepare
 from training.data.episode import DataError, Episode
 
@@ -17,6 +18,14 @@ def pick_view(episode: Episode, views: tuple[str, ...]) -> str:
         if view in episode.views:
             return view
     raise DataError(f"{episode.key}: none of the views {', '.join(views) or '(any)'}; it has {episode.views}")
+
+
+def check_usable(episode: Episode, config: DatasetConfig) -> None:
+    """Raises DataError for an episode that its dataset's config leaves out."""
+    if episode.length < config.min_frames:
+        raise DataError(f"{episode.key}: has {episode.length} frames, needs {config.min_frames}")
+    if config.instructed_only and not episode.instruction:
+        raise DataError(f"{episode.key}: has no instruction")
 
 
 @dataclass(frozen=True)
