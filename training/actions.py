@@ -17,7 +17,7 @@ from policy_server.images import fit
 from training.data.episode import DataError, Episode
 from training.data.open import open_dataset
 from training.data.sampling import held_out
-from training.data.windows import check_usable
+from training.data.windows import check_usable, pick_view
 from training.distributed import Ranks
 from training.run import Run, TrainingError
 
@@ -186,7 +186,6 @@ def read_corpus(
             )
         reader = open_dataset(config)
         check_reader(config.path, reader.action_names, robot)
-        view = (config.views or reader.views)[0]
         for index in run.track(range(ranks.rank, len(reader), ranks.size), f"encoding {config.path}"):
             try:
                 episode = reader.episode(index)
@@ -197,7 +196,7 @@ def read_corpus(
                         f"{config.path}/{episode.key} has no state for representation: relative: name its "
                         f"field in data.datasets.{number}.state_key, or choose representation: absolute"
                     )
-                frames = episode.frames(view, range(episode.length))
+                frames = episode.frames(pick_view(episode, config.views), range(episode.length))
             except DataError as error:
                 if mixture.on_error == "raise":
                     raise

@@ -62,6 +62,15 @@ def test_left_out_episodes_and_strides_are_those_of_the_other_stages(read, tmp_p
         read(folder, rate_hz=5, stride=2)
 
 
+def test_the_view_is_the_first_that_an_episode_has(read, tmp_path):
+    folder = made.bridge(tmp_path / "bridge", 1)  # its image_2 is black: not a view of the episode
+    wanted, *_ = read(folder, views=["image_0"])
+    other, *_ = read(folder, views=["image_1"])
+    found, _, said = read(folder, views=["image_2", "image_0"])
+    assert not said and (found.episodes[0, 0].codes == wanted.episodes[0, 0].codes).all()
+    assert (other.episodes[0, 0].codes != wanted.episodes[0, 0].codes).any()
+
+
 def test_relative_actions_need_a_state(read, tmp_path):
     folder = frames(tmp_path / "f")
     train, *_ = read(folder, rate_hz=5)
