@@ -38,15 +38,14 @@ class Track:
         self._held = held
         self._stamps: deque[float] = deque()
         self._values: deque[np.ndarray] = deque()
-        self.late = 0  # samples that came after a newer one, dropped
 
     @property
     def newest_s(self) -> float:
         return self._stamps[-1] if self._stamps else -np.inf
 
     def add(self, stamp_s: float, values: np.ndarray) -> None:
+        """A sample that is not newer than the last one is dropped."""
         if stamp_s <= self.newest_s:
-            self.late += stamp_s < self.newest_s
             return
         self._stamps.append(stamp_s)
         self._values.append(np.asarray(values, float))
@@ -95,15 +94,13 @@ class Synchronizer:
         self._start_s: float | None = None  # of tick 0
         self._tick = 0
         self._last_capture_s = -np.inf
-        self.pictures_late = 0
         self.jumped = False  # a clock began anew: what was recorded so far does not fit what comes
 
     # --- streams in
 
     def add_picture(self, rgb: np.ndarray, stamp_s: float) -> None:
-        """uint8 [h, w, 3], kept as it is."""
+        """uint8 [h, w, 3], kept as it is; dropped unless it is newer than the last one."""
         if self._pictures and stamp_s <= self._pictures[-1][0]:
-            self.pictures_late += 1
             self._check_jump(stamp_s, self._pictures[-1][0])
             return
         self._pictures.append((stamp_s, rgb))
