@@ -22,7 +22,7 @@ from config.task import Task
 from simulation.tasks.trial import Trial, make_trial
 from vipra_ros.evaluation import operator, smoothness
 from vipra_ros.evaluation import report as reports
-from vipra_ros.evaluation.ledger import Key, Ledger
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
 from vipra_ros.evaluation.operator import Do, Phase, Session
 from vipra_ros.report.video import Video, jpeg
 
@@ -252,7 +252,8 @@ class GraphRig:
     def __init__(self, monitor, arms: tuple[str, ...]):
         from vipra_ros.monitor import CallFailed
 
-        self.errors = (CallFailed,)
+        self.errors = (CallFailed, EvaluationError)
+        self.evaluated: dict = {}  # what of `played` a start insists on
         self._monitor, self._arms = monitor, arms
         self._lock = threading.Lock()  # the monitor's thread delivers pictures and joints
         self._film: Video | None = None
@@ -270,6 +271,12 @@ class GraphRig:
 
     def start(self, instruction: str, film: Path) -> None:
         self._monitor.set_task(instruction)
+        now = played(self._monitor.status("policy")) if self.evaluated else {}
+        for name, value in self.evaluated.items():
+            if now[name] != value:
+                raise EvaluationError(
+                    f"the policy has {name} {now[name]!r}, this evaluation's has {value!r}: serve that one"
+                )
         with self._lock:
             self._picture, self._film = None, Video(film, SAMPLE_HZ)
             for arm in self._arms:
@@ -391,19 +398,27 @@ def run(
     arms = tuple(load(Robot, robot).arms)
 
     with signals_raise(), Monitor() as monitor:
-        status = wait_for(lambda: monitor.status("policy"), 10.0, "the policy node's status: is the robot up")
+        wait_for(
+            lambda: monitor.status("policy"), 10.0, "the policy node's status: is the robot up (vipra up)?"
+        )
+        evaluated = wait_for(
+            lambda: (now := played(monitor.status("policy")))["model"] and now,
+            10.0,
+            "the policy node's connection to a policy server: is one served (vipra serve)?",
+        )
         settings = {
             "task": task.name,
             "policy": policy,
             "time_limit_s": limit_s,
             "trials": "by an operator",
             "robot": robot,
-            **played(status),
+            **evaluated,
         }
         ledger = Ledger(out, settings)
         done = frozenset(result.key for result in ledger.results())
         session = Session.resume(tuple(wanted), limit_s, done)
         rig = GraphRig(monitor, arms)
+        rig.evaluated = evaluated
 
         def stop_arms() -> None:
             tell("stopping the arms")

@@ -13,8 +13,9 @@ from simulation.tasks.trial import make_trial
 from vipra_ros import evaluate
 from vipra_ros.evaluation import operator
 from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.live import ALARM, HALT_TRIES, GraphRig, Listener, drive, placing, resample
+from vipra_ros.evaluation.live import ALARM, HALT_TRIES, GraphRig, Listener, drive, placing, played, resample
 from vipra_ros.evaluation.operator import Do, Phase, Session
+from vipra_ros.monitor import Status
 
 TRIALS = tuple(Key("seen", seed) for seed in range(3))
 SETTINGS = {"task": "stack_cups", "policy": "mine", "time_limit_s": 30.0}
@@ -283,7 +284,10 @@ class FakeMonitor:
     """Takes what `GraphRig` watches; `joints[arm, topic]` is called with what the test says they are."""
 
     def __init__(self):
-        self.joints = {}
+        self.joints, self.calls, self.statuses = {}, [], {}
+
+    def status(self, name):
+        return self.statuses[name]
 
     def watch_images(self, callback):
         pass
@@ -295,7 +299,23 @@ class FakeMonitor:
         pass
 
     def call(self, service, timeout_s):
-        pass
+        self.calls.append(service)
+
+
+def test_a_server_that_serves_another_checkpoint_starts_no_trial(tmp_path):
+    monitor, film = FakeMonitor(), tmp_path / "a.mp4"
+    values = {"model": "mine", "checkpoint": "1a", "mode": "asynchronous", "action_rate_hz": "15"}
+    rig = GraphRig(monitor, ("left",))
+    rig.evaluated = played(Status(0, "", values))
+    for checkpoint in ("2b", ""):
+        monitor.statuses["policy"] = Status(0, "", values | {"checkpoint": checkpoint})
+        with pytest.raises(rig.errors, match=f"has checkpoint '{checkpoint}', this evaluation's has '1a'"):
+            rig.start("stack", film)
+    assert not monitor.calls and not film.exists()
+    monitor.statuses["policy"] = Status(0, "", values)
+    rig.start("stack", film)
+    rig.discard()
+    assert monitor.calls == ["/policy/start"]
 
 
 def test_measured_and_commanded_joints_and_hands_are_saved(tmp_path):
