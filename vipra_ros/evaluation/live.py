@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
+SILENT_S = 3.0  # wall time without a node's status, which comes at 10 Hz and more: the node is gone
+WAITING_S = 2.0  # of the arms' time that a policy may wait, for a lease say, before the trial is void
+NOT_ITS_DOING = ("no policy server", "the arms node has fallen silent")  # beginnings of a policy's reason
 LATCHED = ("FAULT", "STOPPED", "STOPPING")
 POLL_S = 0.05
 HALT_TRIES = 3
@@ -262,6 +265,10 @@ class GraphRig:
         self._joints: dict[str, Track] = {arm: [] for arm in arms}
         self._told: dict[str, Track] = {arm: [] for arm in arms}
         self._started = -np.inf
+        self._moved_s: float | None = None  # the arms' time when the policy last did not wait
+        self._told_at: dict[str, float] = {}  # node -> when its status came
+        for node in ("arms", "policy"):
+            monitor.watch_status(node, lambda _, node=node: self._told_at.update({node: time.monotonic()}))
         monitor.watch_images(self._on_image)
         for arm in arms:
             monitor.watch_joints(arm, lambda message, arm=arm: self._on_joints(self._joints[arm], message))
@@ -283,7 +290,7 @@ class GraphRig:
                 self._joints[arm].clear()
                 self._told[arm].clear()
         self._monitor.call("/policy/start", 15.0)
-        self._started = time.monotonic()
+        self._started, self._moved_s = time.monotonic(), None
 
     def stop(self) -> None:
         self._monitor.call("/policy/stop", 5.0)
@@ -297,10 +304,17 @@ class GraphRig:
             return None
         if arms.values.get("state") in LATCHED:
             return "fault", f"arms {arms.values['state']}: {arms.message}"
-        if policy.message.startswith("no policy server"):
+        if policy.message.startswith(NOT_ITS_DOING):
             return "void", policy.message
-        stopped = policy.values.get("state") in ("STOPPED", "IDLE")
-        return ("fault", f"policy: {policy.message}") if stopped else None
+        for node in ("policy", "arms"):
+            if time.monotonic() - max(self._started, self._told_at.get(node, -np.inf)) > SILENT_S:
+                return "void", f"no status from the {node} node for {SILENT_S:g} s: is it up?"
+        state, now = policy.values.get("state"), arms.number("time_s")
+        if state != "WAITING" or self._moved_s is None:
+            self._moved_s = now
+        elif now - self._moved_s > WAITING_S:
+            return "void", f"the policy waits: {policy.message}"
+        return ("fault", f"policy: {policy.message}") if state in ("STOPPED", "IDLE") else None
 
     def save(self, ledger: Ledger, key: Key) -> np.ndarray:
         joints, told = self.finish(ledger.file(key, ".jpg"))
@@ -394,8 +408,10 @@ def run(
     from vipra_ros.monitor import Monitor
     from vipra_ros.process import signals_raise, wait_for
 
+    cell, arms = load(Robot, robot).workcell, tuple(load(Robot, robot).arms)
+    if cell != task.workcell:
+        raise EvaluationError(f"{robot} has workcell {cell}: {task.name} needs one in {task.workcell}")
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
-    arms = tuple(load(Robot, robot).arms)
 
     with signals_raise(), Monitor() as monitor:
         wait_for(

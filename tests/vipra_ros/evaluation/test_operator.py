@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from config.loading import load
 from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros import evaluate
-from vipra_ros.evaluation import operator
-from vipra_ros.evaluation.ledger import Key, Ledger
+from vipra_ros.evaluation import live, operator
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
 from vipra_ros.evaluation.live import ALARM, HALT_TRIES, GraphRig, Listener, drive, placing, played, resample
 from vipra_ros.evaluation.operator import Do, Phase, Session
 from vipra_ros.monitor import Status
@@ -284,7 +285,10 @@ class FakeMonitor:
     """Takes what `GraphRig` watches; `joints[arm, topic]` is called with what the test says they are."""
 
     def __init__(self):
-        self.joints, self.calls, self.statuses = {}, [], {}
+        self.joints, self.calls, self.statuses, self.watchers = {}, [], {}, {}
+
+    def watch_status(self, name, callback):
+        self.watchers[name] = callback
 
     def status(self, name):
         return self.statuses[name]
@@ -316,6 +320,62 @@ def test_a_server_that_serves_another_checkpoint_starts_no_trial(tmp_path):
     rig.start("stack", film)
     rig.discard()
     assert monitor.calls == ["/policy/start"]
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """A rig whose trial runs since 10 s; look(...) 0.1 s after the last is what it makes of the statuses."""
+    wall = itertools.count()
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monitor, seconds = FakeMonitor(), [100.0]
+    rig = GraphRig(monitor, ("left",))
+    rig.start("stack", tmp_path / "a.mp4")
+    seconds[0] += 10.0
+
+    def look(state="RUNNING", reason="running", arms="RUNNING", silent=()):
+        seconds[0] += 0.1
+        time_s = str(next(wall) / 10)
+        monitor.statuses["arms"] = Status(0, "moving", {"state": arms, "time_s": time_s})
+        monitor.statuses["policy"] = Status(0, reason, {"state": state})
+        for node in {"arms", "policy"} - set(silent):
+            monitor.watchers[node](None)
+        return rig.trouble()
+
+    yield look
+    rig.discard()
+
+
+@pytest.mark.parametrize("node", ["arms", "policy"])
+def test_a_node_that_falls_silent_voids_the_trial(watched, node):
+    seen = [watched() for _ in range(5)] + [watched(silent=[node]) for _ in range(32)]
+    assert seen[:30] == [None] * 30 and seen[-1] == (
+        "void",
+        f"no status from the {node} node for 3 s: is it up?",
+    )
+
+
+def test_a_policy_that_waits_voids_the_trial_and_one_that_goes_on_does_not(watched):
+    for _ in range(3):
+        seen = [watched("WAITING", "asking the arms for the lease") for _ in range(15)] + [watched()]
+        assert seen == [None] * 16
+    seen = [watched("WAITING", "camera lost: no picture for 0.3 s") for _ in range(22)]
+    assert seen[:15] == [None] * 15 and seen[-1] == (
+        "void",
+        "the policy waits: camera lost: no picture for 0.3 s",
+    )
+
+
+def test_faults_are_told_from_what_is_not_the_policys_doing(watched):
+    assert watched("STOPPED", "the arms refuse chunk 3")[0] == "fault" == watched(arms="STOPPED")[0]
+    assert watched("WAITING", "no policy server: gone")[0] == "void"
+    assert watched("STOPPED", "the arms node has fallen silent")[0] == "void"
+
+
+def test_a_robot_in_another_workcell_is_refused(tmp_path):
+    task = load(Task, "stack_cups")
+    with pytest.raises(EvaluationError, match="franka_bimanual has workcell bimanual: stack_cups needs"):
+        live.run(task, "mine", "franka_bimanual", list(TRIALS), 30.0, tmp_path / "a", [], print)
+    assert not (tmp_path / "a").exists()
 
 
 def test_measured_and_commanded_joints_and_hands_are_saved(tmp_path):
