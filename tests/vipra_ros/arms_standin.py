@@ -23,7 +23,7 @@ ARMS = ("left", "right")
 
 
 class ArmsStandIn(Node):
-    """`chunks` were accepted, `let_go` counts; `fail` and `refuse` make it behave badly."""
+    """`chunks` were accepted, `let_go` counts; `fail`, `refuse` and `silent` make it behave badly."""
 
     def __init__(self, **options):
         super().__init__("arms", **options)
@@ -33,6 +33,7 @@ class ArmsStandIn(Node):
         self.lease = Lease(timeout_s=5.0)
         self.state, self.reason, self.rejected = "IDLE", "holding", ""
         self.refuse: tuple[str, str] | None = None  # refuse every chunk with this code and message
+        self.silent = False
         self.opening = 1.0  # of the hands, measured
         self._accepted = -1
         self._assembler = Assembler(ARMS)
@@ -102,6 +103,8 @@ class ArmsStandIn(Node):
         self.publish_status()
 
     def _publish_joints(self) -> None:
+        if self.silent:
+            return
         measured = [self.opening] * len(ARMS)
         told = self.chunks[-1][1].grippers[-1].tolist() if self.chunks else measured
         for (arm, topic), publisher in self._joints.items():
@@ -113,6 +116,8 @@ class ArmsStandIn(Node):
             publisher.publish(message)
 
     def publish_status(self) -> None:
+        if self.silent:
+            return
         values = {
             "state": self.state,
             "lease": self.lease.holder,

@@ -4,6 +4,7 @@ Whatever the arms node checks for a policy is checked here: limits, joins, colli
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from config.robot import Robot
 from episodes.demonstration import ACTION
 from episodes.layout import EpisodesError
 from episodes.reader import Dataset
+from vipra_ros.commander import ARMS_SILENT_S, LATCHED, ArmsStatus
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.process import ProcessError, wait_for
 from vipra_ros.recording.synchronizer import Track
@@ -25,6 +27,7 @@ HORIZON, EVERY = 14, 7  # actions of a chunk, and how many of them run before th
 LEAD_S = 0.15  # a chunk goes out this long before its first action is due
 ALIGN_S = 15.0  # for the arms to move to the first action
 ALIGNED_RAD = 0.05
+WATCH_S = 0.1  # between two looks at the arms
 
 
 def chunks(actions: np.ndarray, rate_hz: float, start_s: float, embodiment: Embodiment) -> list[Chunk]:
@@ -80,7 +83,9 @@ class Replayer:
         self._embodiment = embodiment
         self._arms = {arm: list(joint_names(arm, robot.arms[arm].gripper)) for arm in robot.arms}
         self._clock = make_clock(robot)
-        self._lease, self._state, self._reason, self._rejected = "", "", "", ""
+        self._lease, self._leased_at = "", 0.0
+        self._status: ArmsStatus | None = None
+        self._heard = -np.inf  # wall time of it
         self._before = ""  # the refusal that stood when the lease was new
         self._tracks = {arm: Track() for arm in self._arms}
         self._context = rclpy.Context()
@@ -120,13 +125,17 @@ class Replayer:
         self._clock.close()
 
     def _on_status(self, message) -> None:
-        values = {v.key: v.value for v in message.values}
-        self._state, self._reason = values.get("state", ""), message.message
-        self._rejected = values.get("rejected", "")
+        with contextlib.suppress(KeyError, ValueError):  # not the arms node's: as if nothing was heard
+            self._status = ArmsStatus.of(message.message, {v.key: v.value for v in message.values})
+            self._heard = time.monotonic()
 
     def _on_joints(self, arm: str, message) -> None:
         stamp = message.header.stamp
         self._tracks[arm].add(stamp.sec + 1e-9 * stamp.nanosec, np.array(message.position))
+
+    def _known_s(self) -> float:
+        """Up to when every arm's joints are known, executor time."""
+        return min(track.newest_s for track in self._tracks.values())
 
     def _measured(self, t: float | None = None) -> np.ndarray:
         """Measured vector [D], now or at executor time `t`."""
@@ -153,18 +162,24 @@ class Replayer:
             self._commands[arm].publish(message)
 
     def _check(self) -> None:
-        if self._state in ("FAULT", "STOPPING", "STOPPED") or (
-            self._state == "HOLDING" and self._rejected != self._before
-        ):
-            raise ProcessError(f"the arms stopped: {self._state}: {self._reason} {self._rejected}".strip())
+        """Raises ProcessError where the arms are silent, have stopped, or refused a chunk."""
+        arms = self._status
+        silent_s = max(time.monotonic() - self._heard, self._clock.now() - self._known_s())
+        if silent_s > ARMS_SILENT_S:
+            raise ProcessError(f"the arms have been silent for {silent_s:.1f} s: is the arms node up?")
+        if arms.state in LATCHED:
+            raise ProcessError(f"the arms stopped: {arms.state}: {arms.reason}")
+        if arms.time_s > self._leased_at and arms.lease != self._lease:
+            raise ProcessError("the arms gave the lease to another commander, or were started again")
+        if arms.rejected != self._before:
+            raise ProcessError(f"the arms refused chunk {arms.rejected}")
 
     def run(self, actions: np.ndarray, rate_hz: float, progress: Callable[[float], None]) -> Replayed:
-        """Play `actions` [T, D]; progress(seconds played). Raises ProcessError where the arms stop."""
-        wait_for(
-            lambda: self._state and all(np.isfinite(k.newest_s) for k in self._tracks.values()),
-            10.0,
-            "the arms",
-        )
+        """Play `actions` [T, D]; progress(seconds played).
+
+        Raises ProcessError where the arms stop, refuse or are lost, ClockStopped.
+        """
+        wait_for(lambda: self._status and np.isfinite(self._known_s()), 10.0, "the arms")
         joints = np.array([d.kind == "joint" for d in self._embodiment.dimensions])
         away = np.abs(self._measured() - actions[0])[joints].max()
         if away > 0.3:
@@ -178,49 +193,48 @@ class Replayer:
         answer = wait_for(lambda: future.done() and future.result(), 5.0, "answer of /arms/acquire_lease")
         if not answer.success:
             raise ProcessError(answer.message)
-        self._lease, self._before = answer.message, self._rejected
+        self._lease, self._leased_at = answer.message, self._clock.now()
+        self._before = self._status.rejected
         seq = self._align(actions[0], rate_hz, joints)
 
         start, errors = self._clock.now() + 2 * LEAD_S, []
         end = start + (len(actions) - 1) / rate_hz
 
-        def judge() -> None:
-            """Compare what was due with what the arms did, as far as it is known."""
-            known = min(track.newest_s for track in self._tracks.values())
-            while len(errors) < len(actions) and (t := start + len(errors) / rate_hz) <= known:
+        def watch() -> None:
+            """Check the arms, and compare what was due with what they did, as far as it is known."""
+            self._check()
+            while len(errors) < len(actions) and (t := start + len(errors) / rate_hz) <= self._known_s():
                 errors.append(np.abs(self._measured(t) - actions[len(errors)])[joints])
 
         for chunk in chunks(actions, rate_hz, start, self._embodiment):
-            self._wait_until(chunk.t0 - LEAD_S)
-            self._check()
+            self._wait_until(chunk.t0 - LEAD_S, watch)
             self._send(chunk, seq)
             seq += 1
-            judge()
             progress(max(0.0, self._clock.now() - start))
-        while self._clock.now() < end + 0.2:
-            self._wait_until(min(self._clock.now() + 0.5, end + 0.2))
-            self._check()
-            judge()
+        self._wait_until(end, watch)
+        while len(errors) < len(actions):
+            self._wait_until(self._clock.now() + WATCH_S, watch)
         found = np.array(errors)
         return Replayed(end - start, float(np.sqrt((found**2).mean())), float(found.max()))
 
     def _align(self, first: np.ndarray, rate_hz: float, joints: np.ndarray) -> int:
         """Hold the first action until the arms are there; the next sequence number."""
         deadline = time.monotonic() + ALIGN_S
-        for seq in range(1 << 20):
+        for seq in itertools.count():
             if time.monotonic() > deadline:
                 raise ProcessError(
-                    f"the arms did not reach the first action within {ALIGN_S:g} s: {self._reason}"
+                    f"the arms did not reach the first action within {ALIGN_S:g} s: {self._status.reason}"
                 )
             now = self._clock.now()
             rows = np.tile(first, (HORIZON, 1))
             self._send(Chunk.from_actions(seq, now + 0.05, rate_hz, rows, self._embodiment), seq)
-            self._wait_until(now + 0.3)
-            self._check()
-            if self._state == "RUNNING" and np.abs(self._measured() - first)[joints].max() < ALIGNED_RAD:
+            self._wait_until(now + 0.3, self._check)
+            away = np.abs(self._measured() - first)[joints].max()
+            if self._status.state == "RUNNING" and away < ALIGNED_RAD:
                 return seq + 1
-        raise AssertionError("unreachable")
 
-    def _wait_until(self, t: float) -> None:
-        while (left := t - self._clock.now()) > 0:
-            time.sleep(min(left, 0.01))
+    def _wait_until(self, t: float, watch: Callable[[], None]) -> None:
+        """Until executor time `t`, with a `watch` every now and then and at the end. Raises ClockStopped."""
+        while (now := self._clock.now()) < t:
+            self._clock.sleep_until(min(t, now + WATCH_S))
+            watch()
