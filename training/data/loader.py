@@ -73,9 +73,12 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self.workers else None,
         )
-        for batch in loader:
-            self.errors.update(batch.pop("errors"))
-            yield batch
+        try:
+            for batch in loader:
+                self.errors.update(batch.pop("errors"))
+                yield batch
+        except DataError as error:  # a worker's comes as its traceback, in which the message is last
+            raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
 
     def report(self) -> str:
         """What was unreadable and how often it was met, one line each; empty if all was well."""
