@@ -6,7 +6,7 @@ Arguments: ros2 launch vipra_ros evaluate.launch.py --show-args
 ARGUMENTS = {
     "task": ("stack_cups", str, "file in config/tasks, or its path"),
     "policy": ("policy", str, "name of the policy in the report"),
-    "seeds": ("0:24", str, "trials A:B, A to B - 1"),
+    "seeds": ("0:24", str, "trials A:B, A to B - 1, or a file of them"),
     "split": ("seen", str, "seen, unseen or both"),
     "robot": ("", str, "file in config/robots; empty: franka_ and the task's workcell"),
     "time_limit_s": ("0.0", float, "of a trial; 0: the task's"),

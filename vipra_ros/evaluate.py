@@ -58,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="WHICH",
         help="checkpoint folder, file in config/policies, address of a running server (tcp://...), or expert",
     )
-    parser.add_argument("--seeds", metavar="A:B", help="trials A to B - 1")
+    parser.add_argument(
+        "--seeds",
+        metavar="A:B|FILE",
+        help="trials A to B - 1, or those of a file in its order: one seed a line, # comments",
+    )
     parser.add_argument("--split", choices=("seen", "unseen", "both"), default="seen")
     parser.add_argument("--out", type=Path, help="folder of the report; an evaluation there goes on")
     parser.add_argument(
@@ -248,14 +252,38 @@ def _compare(a: Path, b: Path, out: Path | None) -> int:
 
 
 def keys_of(seeds: str, split: str) -> list[Key]:
-    """Trials of "A:B" in "seen", "unseen" or "both". Raises EvaluationError."""
+    """Trials of "A:B" or of a file, in "seen", "unseen" or "both". Raises EvaluationError."""
     first, colon, last = seeds.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise EvaluationError(f"seeds {seeds!r} is not A:B with A below B, such as 0:50")
+    if Path(seeds).is_file():
+        numbers = _listed(Path(seeds))
+    elif colon and first.isdigit() and last.isdigit() and int(first) < int(last):
+        numbers = range(int(first), int(last))
+    else:
+        raise EvaluationError(f"seeds {seeds!r} is not A:B with A below B, such as 0:50, and no file")
     if split not in ("seen", "unseen", "both"):
         raise EvaluationError(f"split {split!r} is not seen, unseen or both")
     splits = ("seen", "unseen") if split == "both" else (split,)
-    return [Key(one, seed) for one in splits for seed in range(int(first), int(last))]
+    return [Key(one, seed) for one in splits for seed in numbers]
+
+
+def _listed(path: Path) -> list[int]:
+    """Seeds of an operator's list, one a line, in its order. Raises EvaluationError."""
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read as a list of seeds: {error}") from error
+    seeds: list[int] = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        if not (line.isascii() and line.isdigit()):
+            raise EvaluationError(f"{path}, line {number}: {line!r} is no seed: one whole number a line")
+        if int(line) in seeds:
+            raise EvaluationError(f"{path}, line {number}: seed {line} is there twice")
+        seeds.append(int(line))
+    if not seeds:
+        raise EvaluationError(f"{path} lists no seed: one whole number a line")
+    return seeds
 
 
 def limit_of(task: Task, given_s: float | None) -> float:

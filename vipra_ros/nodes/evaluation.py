@@ -1,8 +1,9 @@
 """Evaluation node: an operator's trials on a running graph, by services instead of keys.
 
-Services `~/start`, `~/success`, `~/partial`, `~/fail`, `~/abort`, `~/keep`, `~/undo`, `~/halt`, `~/leave` are
-the keys of `vipra evaluate --operator`; `~/status` tells what is to be done now. Parameters as that command's
-options. The trials themselves, their files and their report are `vipra_ros.evaluation`'s.
+Services `~/start`, `~/success`, `~/partial`, `~/fail`, `~/abort`, `~/keep`, `~/note`, `~/undo`, `~/halt` and
+`~/leave` are the keys of `vipra evaluate --operator`; `~/status` tells what is to be done now. Parameters as
+that command's options, and `note`, which may change while it runs: the text that `~/note` adds. The trials
+themselves, their files and their report are `vipra_ros.evaluation`'s.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from vipra_ros.process import ProcessError, die_with_parent
 
 KEYS = {
     **{"start": "\n", "keep": "k", "success": "s", "partial": "p", "fail": "f", "abort": "a"},
-    **{"undo": "u", "halt": " ", "leave": "q"},
+    **{"note": "n", "undo": "u", "halt": " ", "leave": "q"},
 }
 PARAMETERS = {
     "task": "stack_cups",
@@ -47,6 +48,7 @@ class EvaluationNode(Node):
     def __init__(self, **options):
         super().__init__("evaluation", **options)
         self.given = {name: self.declare_parameter(name, value).value for name, value in PARAMETERS.items()}
+        self.declare_parameter("note", "")
         self._keys: queue.Queue[str] = queue.Queue()
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._status = self.create_publisher(DiagnosticStatus, "~/status", latched)
@@ -67,6 +69,9 @@ class EvaluationNode(Node):
                 yield self._keys.get(timeout=0.05)
             except queue.Empty:
                 yield ""
+
+    def note(self) -> str:
+        return self.get_parameter("note").value
 
     def tell(self, text: str) -> None:
         self._status.publish(DiagnosticStatus(level=DiagnosticStatus.OK, name="evaluation", message=text))
@@ -100,6 +105,7 @@ def main() -> int:
             Path(given["out"]),
             node.pressed(),
             node.tell,
+            node.note,
         )
     except (ConfigError, EvaluationError, ProcessError) as error:
         print(f"evaluation: {error}", file=sys.stderr)

@@ -24,17 +24,20 @@ def test_services_are_keys_in_the_order_they_were_called():
         node = EvaluationNode(context=graph.context, parameter_overrides=overrides)
         graph.spin(node)
         assert node.given == PARAMETERS | {"seeds": "3:5"}
+        assert node.note() == ""
+        node.set_parameters([Parameter("note", value="slipped")])
+        assert node.note() == "slipped"
         pressed = node.pressed()
         assert next(pressed) == ""
-        for name in ("start", "success", "keep", "halt"):
+        for name in ("start", "success", "note", "keep", "halt"):
             service = f"/evaluation/{name}"
             client = graph.do(lambda service=service: graph.node.create_client(Trigger, service))
             assert client.wait_for_service(20.0)
             future = client.call_async(Trigger.Request())
             wait_for(future.done, 20.0, name)
             assert future.result().success
-        assert [next(pressed) for _ in range(4)] == ["\n", "s", "k", " "]
-        assert sorted(KEYS.values()) == sorted("spfakuq \n")  # none has two meanings
+        assert [next(pressed) for _ in range(5)] == ["\n", "s", "n", "k", " "]
+        assert sorted(KEYS.values()) == sorted("spfaknuq \n")  # none has two meanings
 
 
 def test_the_policy_node_tells_how_it_plays(tmp_path):

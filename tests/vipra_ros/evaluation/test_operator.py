@@ -272,6 +272,27 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, capsys, options, er
     assert error in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
+def test_an_operators_list_gives_the_trials_in_its_order(tmp_path):
+    path = tmp_path / "seeds.txt"
+    path.write_text("# Monday\n12\n\n3  # cups far apart\n")
+    assert evaluate.keys_of(str(path), "both") == [
+        *(Key("seen", 12), Key("seen", 3)),
+        *(Key("unseen", 12), Key("unseen", 3)),
+    ]
+    for text, error in (
+        ("1\n-2", "line 2: '-2' is no seed"),
+        ("1\n1 # again", "line 2: seed 1 is there twice"),
+        ("# none", "lists no seed"),
+    ):
+        path.write_text(text)
+        with pytest.raises(EvaluationError, match=error):
+            evaluate.keys_of(str(path), "seen")
+    with pytest.raises(
+        EvaluationError, match=r"'none\.txt' is not A:B with A below B, such as 0:50, and no file"
+    ):
+        evaluate.keys_of("none.txt", "seen")
+
+
 def test_joint_states_of_two_arms_come_onto_one_grid():
     left = [(t, np.full(7, t)) for t in np.arange(10.0, 12.0, 0.01)]
     right = [(t, np.full(7, -t)) for t in np.arange(10.3, 12.4, 0.013)]
