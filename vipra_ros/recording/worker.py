@@ -43,6 +43,7 @@ class Worker:
         self._picture: np.ndarray | None = None
         self.error = ""  # of the last order that failed
         self.broken = False  # frames could not be written: the episode cannot be saved
+        self._dropping = False  # what fails from now on belongs to an episode that is discarded
         self.episodes = writer.episodes
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -64,6 +65,8 @@ class Worker:
         self._order("save")
 
     def discard(self) -> None:
+        with self._ready:
+            self.error, self.broken, self._dropping = "", False, True
         self._order("discard")
 
     def trace(self) -> Trace:
@@ -108,8 +111,10 @@ class Worker:
                 {"frame": self._write, "save": self._save, "discard": self._drop}[order](*given)
             except Exception as error:  # whatever it is: the operator must read it, and the thread live on
                 text = " ".join(str(error).split()) or type(error).__name__
-                self.error = f"{self._writer.root}: {text}" if isinstance(error, OSError) else text
-                self.broken |= order == "frame"
+                with self._ready:
+                    if not self._dropping:
+                        self.error = f"{self._writer.root}: {text}" if isinstance(error, OSError) else text
+                        self.broken |= order == "frame"
             finally:
                 self._working = False
 
@@ -136,8 +141,8 @@ class Worker:
         self._forget()
 
     def _drop(self) -> None:
+        self._dropping = False
         self._writer.discard()
-        self.error, self.broken = "", False
         self._forget()
 
     def _forget(self) -> None:

@@ -246,6 +246,29 @@ def test_an_encoder_that_is_too_slow_ends_the_episode_and_flags_it(rig, monkeypa
     assert rig.session.frames == len(rig.worker.trace()) >= 15
 
 
+def test_frames_that_could_not_be_written_are_never_kept(rig, monkeypatch):
+    written, add = [], rig.worker._writer.add
+
+    def fill(*frame):
+        if len(written) == 10:
+            raise OSError(28, "No space left on device")
+        written.append(add(*frame))
+
+    monkeypatch.setattr(rig.worker._writer, "add", fill)
+    rig.session.start(rig.streams.now)
+    rig.run(0.8)
+    wait_for(lambda: rig.worker.broken, 60, "the full disk", poll_s=0.002)
+    rig.run(0.2)
+    assert rig.settle() is State.PENDING
+    assert "ended: " in rig.session.message and "No space left" in rig.session.message
+    with pytest.raises(Refused, match=r"cannot be kept: .*No space left.*: discard it"):
+        rig.session.keep()
+    rig.session.discard()
+    monkeypatch.setattr(rig.worker._writer, "add", add)
+    assert rig.record(1.2) is State.PENDING  # room was made
+    assert rig.keep() is State.IDLE and len(Dataset(rig.root)) == 1
+
+
 def test_silent_streams_end_the_episode(rig):
     rig.session.start(rig.streams.now)
     rig.run(1.5)
@@ -253,6 +276,9 @@ def test_silent_streams_end_the_episode(rig):
     rig.run(2.6)
     assert rig.settle() is State.PENDING
     assert "nothing came on /right/joint_states, /right/joint_reference" in rig.session.message
+    assert [f.kind for f in rig.session.flags] == ["lost"]
+    with pytest.raises(Refused, match=r"nothing came on /right/joint_states.* keep again"):
+        rig.session.keep()
 
 
 def test_a_dataset_is_continued_by_the_same_robot_only(rig):
