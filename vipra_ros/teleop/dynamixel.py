@@ -144,6 +144,10 @@ class Reader:
                     self._read(servos)
             except LeaderError as error:
                 self.problem = str(error)
+            except Exception as error:  # the SDK takes some garbage for an answer and trips over it
+                self.problem = (
+                    f"{self._config.port}: garbage: {type(error).__name__}: {error}: check the cables"
+                )
             self._closing.wait(RETRY_S)
 
     def _read(self, servos: Servos) -> None:

@@ -1,7 +1,7 @@
 """Dynamixel X servos on a pseudo-terminal: protocol 2.0 as ROBOTIS's e-Manual describes it.
 
 Answers ping, read and sync read; checks and makes CRC-16 (polynomial 0x8005, from 0, not reflected) and byte
-stuffing. Can spoil answers, fall silent and be unplugged.
+stuffing. Can spoil or empty answers, fall silent and be unplugged.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ class Bus:
         self.path, self.counts = path, dict(counts)
         self.silent: set[int] = set()
         self.spoil = None  # bytes of an answer -> bytes that are sent instead
+        self.empty = False  # answers are whole, but hold no data
         self.bad_crc = 0  # instructions that were refused
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -103,7 +104,7 @@ class Bus:
     def _status(self, number: int, parameters: bytes) -> None:
         if number not in self.counts or number in self.silent:
             return
-        body = bytes([STATUS, 0]) + parameters
+        body = bytes([STATUS, 0]) + (b"" if self.empty else parameters)
         body = body.replace(b"\xff\xff\xfd", b"\xff\xff\xfd\xfd")
         packet = HEADER + bytes([number]) + struct.pack("<H", len(body) + 2) + body
         packet += struct.pack("<H", crc16(packet))

@@ -165,6 +165,16 @@ def test_a_reader_goes_on_over_lost_answers_and_counts_them(bus, reader):
     assert newest(reader)[1] == pytest.approx(POSE_RAD, abs=2e-3)
 
 
+def test_a_reader_opens_the_port_again_after_garbage_that_the_sdk_trips_over(bus, reader):
+    newest(reader)
+    bus.empty = True
+    wait_for(lambda: "garbage: IndexError" in reader.problem, 10, "the problem")
+    bus.empty = False
+    reader.take()
+    np.testing.assert_allclose(newest(reader)[1], POSE_RAD, atol=2e-3)
+    assert reader.problem == ""
+
+
 def test_a_reader_names_the_servo_that_fell_silent(bus, reader):
     newest(reader)
     bus.silent = {5}
