@@ -78,6 +78,7 @@ class Loader:
                 self.errors.update(batch.pop("errors"))
                 yield batch
         except DataError as error:  # a worker's comes as its traceback, in which the message is last
+            error.with_traceback(None)  # its frames keep the workers
             raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
 
     def report(self) -> str:
