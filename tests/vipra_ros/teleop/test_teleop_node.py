@@ -166,6 +166,7 @@ def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
     rig.arms.opening = 0.86  # measured: of no interest, only what the hands were told
     told, count = rig.arms.chunks[-1][1].grippers[-1], len(rig.arms.chunks)
     rig.gello.opening["left"] = 1.0
+    wait_for(lambda: rig.value("left_trigger") == "1.00", 20, "the trigger let go")
     rig.start()
     rig.wait_state("FOLLOWING")
     for _, chunk in rig.arms.chunks[count:]:
