@@ -6,9 +6,11 @@ batch is cut into the same micro-batches whatever the number of ranks. Hence one
 training, and resuming needs the step only.
 """
 
+import json
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,6 +25,7 @@ from training.distributed import Average, Ranks
 from training.run import Run, TrainingError
 
 Batch = dict[str, object]  # tensors [B, ...] and lists of B
+Skipped = dict[str, object]  # episode, error, times
 
 
 class Stage:
@@ -159,18 +162,22 @@ def train(
     optimizer = set_up(stage, recipe, ranks)
     average = Average(stage.module, recipe.ema) if recipe.ema else None
     folder = run.folder / "checkpoints"
-    start = 0
+    start, skipped = 0, []
     if existing := distributed.checkpoints(folder):
         step, path = existing[-1]
-        start = distributed.load(path, stage.module, optimizer, average)["step"]
+        progress = distributed.load(path, stage.module, optimizer, average)
+        start, skipped = progress["step"], progress.get("skipped", [])
         run.say(f"continuing from {path}")
 
-    def save(step: int) -> None:
-        progress = {"samples": step * recipe.global_batch}
+    def save(step: int) -> list[Skipped]:
+        found = unreadable(skipped, loader, ranks)
+        progress = {"samples": step * recipe.global_batch, "skipped": found}
         distributed.save(folder, step, stage.module, optimizer, average, progress, recipe.keep, ranks)
+        run.write("skipped.json", json.dumps(found, indent=1, ensure_ascii=False))
+        return found
 
     run.start(start)
-    meter = Meter(recipe, ranks, stage.tokens_per_sample)
+    meter, unread = Meter(recipe, ranks, stage.tokens_per_sample), skipped
     with stop_signals() as signals:
         loader = Loader(
             samples, recipe.global_batch, start, recipe.steps - start, ranks.rank, ranks.size, recipe.workers
@@ -193,29 +200,40 @@ def train(
                 check_finite(metrics, step)
                 run.log(step, metrics | {"samples": step * recipe.global_batch})
             if due:
-                save(step)
+                unread = save(step)
             if step % recipe.validation.every == 0 or last:
                 with averaged(average, stage.module):
-                    found = stage.validate(step, run, ranks, recipe)
-                if found:
-                    run.log(step, {f"validation/{key}": value for key, value in found.items()})
+                    measured = stage.validate(step, run, ranks, recipe)
+                if measured:
+                    run.log(step, {f"validation/{key}": value for key, value in measured.items()})
                 meter.restart()
             run.advance(step)
-            if stopping:
-                if last:
-                    return True
+            if stopping and not last:
                 run.stopped_by = signals[0] if signals else signal.SIGTERM  # on another rank
                 name = signal.Signals(run.stopped_by).name
                 run.say(
                     f"stopped by {name} after step {step}: the same command with --run {run.folder} goes on"
                 )
-                return False
-    for line in loader.report().splitlines():
-        run.say(f"skipped {line}")
+                break
+    for line in unread:
+        run.say(f"skipped {line['times']:5d} x {line['error']}")
+    if run.stopped_by:
+        return False
     stage.module.eval()
     if average:
         average.swap()
     return True
+
+
+def unreadable(before: list[Skipped], loader: Loader, ranks: Ranks) -> list[Skipped]:
+    """What could not be read and how often it was met: `before` this start of the run, and by every rank
+    since.
+    """
+    broken = Counter(loader.samples.broken)  # every rank knows these from the start
+    counts = Counter({(line["episode"], line["error"]): line["times"] for line in before})
+    for errors in ranks.gather(loader.errors - broken):
+        counts += errors
+    return [{"episode": e, "error": text, "times": n} for (e, text), n in (counts | broken).most_common()]
 
 
 def optimise(

@@ -3,6 +3,7 @@
 config.yaml        the recipe as resolved: files, overrides and defaults together
 environment.json   git commit, versions, machine, command line, ranks
 metrics.jsonl      one object a log line: step, samples, losses, learning rate, samples/s
+skipped.json       unreadable episodes that all ranks met, and how often, up to the newest checkpoint
 images/            pictures, as files; also in TensorBoard (events.out.*)
 checkpoints/       training state to resume from (training.distributed)
 """

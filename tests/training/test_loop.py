@@ -76,6 +76,9 @@ def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tm
     curve = losses(tmp_path)
     assert curve.keys() == reference[1].keys()
     assert all(abs(curve[k] - v) <= 1e-4 * abs(v) for k, v in reference[1].items())
+    skipped = json.loads((tmp_path / "skipped.json").read_text())  # 10 before, then 10 of rank 1
+    assert {line["episode"]: line["times"] for line in skipped} == {"0/torn": 20, "0/lost": 1}
+    assert "20 x 0/torn: cut off" in done.stderr and " 1 x 0/lost: no such file" in done.stderr
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(torch.allclose(weights[name], w, atol=1e-5) for name, w in reference[0].items())
 
@@ -85,6 +88,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(reference, t
     assert not finished
     said = "".join(capfd.readouterr().err.split())
     assert f"stoppedbySIGTERMafterstep7:thesamecommandwith--run{tmp_path}goeson" in said
+    assert "7x0/torn" in said
     assert [step for step, _ in distributed.checkpoints(tmp_path / "checkpoints")] == [5, 7]
     _, weights = toy.run(tmp_path, 20, toy.Toy())
     assert same(weights, reference[0])
