@@ -370,9 +370,7 @@ class Finetune(Stage):
         recipe, last = self.recipe, run.last()
         head = {"flow": "ViPRA-FM", "ar": "ViPRA-AR"}[recipe.head]
         head += " +SP3 (for study, cannot be served)" if self.config.future_frame else ""
-        began = (
-            f"`{self.start.path.name}` ({self.start.hash[:12]})" if self.start else "random weights (Scratch)"
-        )
+        began = f"`{self.start.path.name}` ({self.start.hash[:12]})" if self.start else "random weights"
         tasks = sorted({e.instruction for e in self.train_corpus.episodes.values()})
         shown = "; ".join(tasks[:12]) + (f"; and {len(tasks) - 12} more" if len(tasks) > 12 else "")
         size = sum(math.prod(s) for s in checkpoint.parameter_shapes(Policy, self.config).values())
@@ -434,7 +432,8 @@ def build(recipe: FinetuneRecipe, ranks: Ranks, run: Run) -> Finetune:
     robot, text = embodiment(recipe)
     recipe = recipe.model_copy(update={"data": recipe.data.seen_through(robot.crop, robot.camera)})
     stage = Finetune(recipe, robot, text)
-    train, held = read_corpus(recipe.data, robot, stage.frames.vqgan(ranks.device), ranks, run)
+    relative = recipe.representation == "relative"
+    train, held = read_corpus(recipe.data, robot, stage.frames.vqgan(ranks.device), ranks, run, relative)
     stage.fit(train, held)
     run.say(
         f"{len(train.episodes)} episodes, {len(train.frames)} frames; {len(held.episodes)} episodes held out"
