@@ -184,7 +184,7 @@ class FinetuneRecipe(Recipe):
 
     stage: Literal["finetune"]
     start: str | None = Field(
-        None, description="pretrained or finetuned checkpoint folder; null: Scratch (random backbone)"
+        None, description="pretrained or finetuned checkpoint folder (Scratch: LWM); null: random weights"
     )
     tokenizer: str | None = Field(
         None, description="checkpoint folder that gives VQGAN and vocabulary; null: those of start"

@@ -14,8 +14,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train a stage. A RECIPE is a file in config/training or a path; `--set key=value` changes it; the "
-    "same command again continues an interrupted run. Many GPUs: torchrun --nproc-per-node 8 --no-python "
-    "vipra train ... (docs/cluster.md).",
+    "same command with --run FOLDER continues an interrupted run. Many GPUs: torchrun --nproc-per-node 8 "
+    "--no-python vipra train ... (docs/cluster.md).",
 )
 
 
@@ -152,7 +152,8 @@ def pretrain(
     out: Out = None,
     labels: Annotated[str | None, typer.Option(help="folder written by `vipra label`")] = None,
     start: Annotated[
-        str | None, typer.Option(help="checkpoint whose backbone continues, e.g. LWM converted; or random")
+        str | None,
+        typer.Option(help="checkpoint whose backbone continues, e.g. LWM converted; left out: random"),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="checkpoint folder with the frame tokenizer, where --start is left out")
@@ -185,7 +186,10 @@ def finetune(
     out: Out = None,
     data: Data = None,
     start: Annotated[
-        str | None, typer.Option(help="pretrained or finetuned checkpoint folder; left out: Scratch")
+        str | None,
+        typer.Option(
+            help="checkpoint folder that continues (the paper's Scratch: LWM converted); left out: random"
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="checkpoint folder with the frame tokenizer, where --start is left out")
