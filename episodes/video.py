@@ -21,7 +21,7 @@ class Encoder:
     def __init__(self, path: Path, fps: int, height: int, width: int, crf: int = CRF):
         if height % 2 or width % 2:
             raise VideoError(f"{width}x{height} px cannot be H.264 yuv420p: make both even, or record images")
-        self.closed = False
+        self.closed, self._problem = False, ""
         self._file = av.open(str(path), "w", format="mp4")
         options = {"g": str(KEYFRAME_INTERVAL), "crf": str(crf), "bf": "0"}
         self._stream = self._file.add_stream("libx264", rate=fps, options=options)
@@ -31,11 +31,16 @@ class Encoder:
         self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
 
     def close(self) -> None:
-        """Complete the file. A second call does nothing."""
+        """Complete the file. A second call does nothing, but raises VideoError as the first one did."""
         if not self.closed:
             self.closed = True
-            self._file.mux(self._stream.encode(None))
-            self._file.close()
+            try:
+                self._file.mux(self._stream.encode(None))
+                self._file.close()
+            except OSError as error:
+                self._problem = str(error)
+        if self._problem:
+            raise VideoError(f"the episode's video could not be completed: {self._problem}")
 
 
 def concatenate(parts: Sequence[Path], target: Path, fps: int) -> None:

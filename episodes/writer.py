@@ -6,6 +6,7 @@ to their places, longer ones before the metadata that points into them, so the d
 in between, and the next writer finishes an interrupted move.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -140,7 +141,8 @@ class Writer:
         """Make the running episode part of the dataset; its index.
 
         Raises EpisodesError without frames, OSError if the disk is full: the dataset is then as before, and
-        `save` can be tried again.
+        `save` can be tried again. Raises VideoError where the disk was too full to complete a video: the
+        episode can only be discarded.
         """
         if not self.frames:
             raise EpisodesError("an episode without frames is not saved: add frames first")
@@ -165,7 +167,8 @@ class Writer:
     def discard(self) -> None:
         """Drop the running episode."""
         for encoder in self._encoders.values():
-            encoder.close()
+            with contextlib.suppress(video.VideoError):
+                encoder.close()
         self._forget()
         shutil.rmtree(self.root / _RECORDING, ignore_errors=True)
 

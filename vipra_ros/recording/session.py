@@ -302,7 +302,8 @@ class Session:
     def _saved(self) -> None:
         if self._worker.error:
             self.state, self._asked = State.PENDING, True
-            self.message = f"not saved: {self._worker.error}: free the disk and keep again, or discard"
+            hint = "discard it" if self._worker.broken else "free the disk and keep again, or discard"
+            self.message = f"not saved: {self._worker.error}: {hint}"
             return
         self.kept += self._errors
         self._errors = []

@@ -12,6 +12,7 @@ import numpy as np
 from config.recording import Quality
 from episodes import demonstration, layout, quality
 from episodes.quality import Finding, Trace
+from episodes.video import VideoError
 from episodes.writer import Writer
 from vipra_ros.recording.synchronizer import Frame
 
@@ -114,7 +115,7 @@ class Worker:
                 with self._ready:
                     if not self._dropping:
                         self.error = f"{self._writer.root}: {text}" if isinstance(error, OSError) else text
-                        self.broken |= order == "frame"
+                        self.broken |= order == "frame" or isinstance(error, VideoError)
             finally:
                 self._working = False
 

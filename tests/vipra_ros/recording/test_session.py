@@ -1,6 +1,7 @@
 """A sitting from start to dataset: what is kept, what is flagged, what survives trouble."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -231,6 +232,24 @@ def test_a_save_that_fails_can_be_tried_again(rig, monkeypatch):
     monkeypatch.setattr(os, "replace", real)
     assert rig.keep() is State.IDLE
     assert len(Dataset(rig.root)) == 1
+
+
+def test_an_episode_whose_video_could_not_be_completed_is_never_saved(rig):
+    rig.record(0.5)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))  # as a full disk does
+    try:
+        assert rig.keep() is State.PENDING
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert "not saved: the episode's video could not be completed" in rig.session.message
+    with pytest.raises(Refused, match=r"cannot be kept: .*: discard it"):
+        rig.session.keep()
+    rig.session.discard()
+    rig.record(0.5)
+    assert rig.keep() is State.IDLE
+    data = Dataset(rig.root)
+    assert len(data.frames(0, demonstration.CAMERA, range(data.rows[0].length))) == rig.session.frames
 
 
 def test_an_encoder_that_is_too_slow_ends_the_episode_and_flags_it(rig, monkeypatch):
