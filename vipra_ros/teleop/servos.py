@@ -40,10 +40,6 @@ class Unwrapped:
         self._signs, self._offsets = np.array(config.signs), np.array(config.offsets_rad)
         self._last: np.ndarray | None = None
 
-    def reset(self) -> None:
-        """After a lost connection: where the servos are now is anybody's guess."""
-        self._last = None
-
     def __call__(self, counts: np.ndarray) -> tuple[np.ndarray, float | None]:
         """`counts` [7, or 8 with the trigger's last] -> joints [7] rad, opening 0..1 or None."""
         middle = MIDDLE_RAD if self._last is None else self._last
