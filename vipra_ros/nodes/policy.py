@@ -35,7 +35,7 @@ from vipra_ros.clock import make_clock
 from vipra_ros.commander import ArmsStatus, Commander, State, connect, hands
 from vipra_ros.execution.chunk import Chunk
 from vipra_ros.execution.planner import Planner
-from vipra_ros.nodes.messages import seconds, stamp, trajectory
+from vipra_ros.nodes.messages import parts, seconds, stamp, trajectory
 from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare_robot, declare_run_dir, revise
 from vipra_ros.robot.commands import joint_names
@@ -274,16 +274,7 @@ class PolicyNode(Node):
 
     def _command(self, tag: str, chunk: Chunk | None) -> None:
         """Both arms' parts of one chunk, or of letting go."""
-        joints = grippers = 0
-        for arm, names in self._names.items():
-            if chunk is None:
-                message = JointTrajectory()
-                message.header.frame_id = tag
-            else:
-                more = len(names) - 7
-                parts = chunk.joints[:, joints : joints + 7], chunk.grippers[:, grippers : grippers + more]
-                joints, grippers = joints + 7, grippers + more
-                message = trajectory(tag, chunk, names, np.hstack(parts))
+        for arm, message in parts(tag, chunk, self._names).items():
             self._commands[arm].publish(message)
 
     def _record(self, line: dict) -> None:

@@ -41,7 +41,7 @@ from vipra_ros.commander import (
     ArmsStatus,
 )
 from vipra_ros.execution.chunk import Chunk
-from vipra_ros.nodes.messages import seconds, stamp, trajectory
+from vipra_ros.nodes.messages import parts, seconds, stamp
 from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare, declare_robot
 from vipra_ros.robot.commands import joint_names
@@ -343,13 +343,7 @@ class TeleopNode(Node):
         return ""
 
     def _send(self, chunk: Chunk) -> None:
-        joints = grippers = 0
-        for arm in self._arms:
-            hands = len(self._names[arm]) - 7
-            parts = chunk.joints[:, joints : joints + 7], chunk.grippers[:, grippers : grippers + hands]
-            joints, grippers = joints + 7, grippers + hands
-            tag = f"{self._lease}:{chunk.seq}"
-            self._commands[arm].publish(trajectory(tag, chunk, self._names[arm], np.hstack(parts)))
+        self._command(chunk.seq, chunk)
         self._seq = chunk.seq
         self._sent[chunk.seq] = self._clock.now()
         self._chunks += 1
@@ -360,11 +354,13 @@ class TeleopNode(Node):
             self._teleop.stop(reason)
         if not self._lease or not self.context.ok():
             return
-        for publisher in self._commands.values():
-            message = JointTrajectory()
-            message.header.frame_id = f"{self._lease}:{self._seq + 1}"
-            publisher.publish(message)
+        self._command(self._seq + 1, None)
         self._lease = ""
+
+    def _command(self, seq: int, chunk: Chunk | None) -> None:
+        """Both arms' parts of one chunk, or of letting go."""
+        for arm, message in parts(f"{self._lease}:{seq}", chunk, self._names).items():
+            self._commands[arm].publish(message)
 
     # --- what is published
 

@@ -142,23 +142,9 @@ class Replayer:
         return np.concatenate([k.at(k.newest_s if t is None else t)[0] for k in self._tracks.values()])
 
     def _send(self, chunk: Chunk | None, seq: int) -> None:
-        from trajectory_msgs.msg import JointTrajectory
+        from vipra_ros.nodes.messages import parts
 
-        from vipra_ros.nodes.messages import trajectory
-
-        joints = grippers = 0
-        for arm, names in self._arms.items():
-            tag = f"{self._lease}:{seq}"
-            if chunk is None:
-                message = JointTrajectory()
-                message.header.frame_id = tag
-            else:
-                hands = len(names) - 7
-                rows = np.hstack(
-                    [chunk.joints[:, joints : joints + 7], chunk.grippers[:, grippers : grippers + hands]]
-                )
-                joints, grippers = joints + 7, grippers + hands
-                message = trajectory(tag, chunk, names, rows)
+        for arm, message in parts(f"{self._lease}:{seq}", chunk, self._arms).items():
             self._commands[arm].publish(message)
 
     def _check(self) -> None:
