@@ -45,15 +45,19 @@ def check_episode(name: str, episode: Episode, robot: Embodiment) -> None:
     """Raises TrainingError for an episode that is not the embodiment's."""
     actions, rate = episode.actions, episode.rate_hz
     if actions is None:
-        raise TrainingError(f"{name} has no actions: name their field in data.datasets.N.action_key")
+        raise TrainingError(
+            f"{name} has no actions: name their field in data.datasets.N.action_key, or leave this dataset "
+            "to stages 0 to 2"
+        )
     if actions.ndim != 2 or actions.shape[1] != robot.action_dim:
         raise TrainingError(
             f"{name}: actions are {list(actions.shape)}, embodiment {robot.name} has "
-            f"{robot.action_dim} dimensions"
+            f"{robot.action_dim} dimensions: choose the embodiment it was recorded with"
         )
     if rate and abs(rate - robot.rate_hz) > 0.02 * robot.rate_hz:
         raise TrainingError(
-            f"{name} was recorded at {rate:.3g} Hz, embodiment {robot.name} says {robot.rate_hz:g} Hz"
+            f"{name} was recorded at {rate:.3g} Hz, embodiment {robot.name} says {robot.rate_hz:g} Hz: "
+            "correct rate_hz (the embodiment's, or the dataset's where no file says it), or resample it"
         )
     low, high = robot.limits
     out = np.maximum(low - actions, actions - high)

@@ -32,8 +32,8 @@ def read():
     ranks, said = distributed.start("cpu"), []
     log = SimpleNamespace(say=said.append, track=lambda items, _: items)
 
-    def call(path, mixture=(), relative=False, **options):
-        data = Mixture(datasets=[{"path": str(path), **options}], **dict(mixture))
+    def call(path, mixture=(), relative=False, more=None, **options):
+        data = Mixture(datasets=[{"path": str(path), **options}, *([more] if more else [])], **dict(mixture))
         return *read_corpus(data, ROBOT, vqgan, ranks, log, relative), said
 
     yield call
@@ -69,6 +69,14 @@ def test_the_view_is_the_first_that_an_episode_has(read, tmp_path):
     found, _, said = read(folder, views=["image_2", "image_0"])
     assert not said and (found.episodes[0, 0].codes == wanted.episodes[0, 0].codes).all()
     assert (other.episodes[0, 0].codes != wanted.episodes[0, 0].codes).any()
+
+
+def test_one_dataset_of_another_rate_is_named_with_what_to_do(read, tmp_path):
+    frames(tmp_path / "slow")
+    read(tmp_path / "slow", rate_hz=5)
+    more = {"path": str(frames(tmp_path / "fast")), "rate_hz": 10}
+    with pytest.raises(TrainingError, match=r"fast/episode_0 was recorded at 10 Hz, .*: correct rate_hz"):
+        read(tmp_path / "slow", rate_hz=5, more=more)
 
 
 def test_relative_actions_need_a_state(read, tmp_path):

@@ -7,7 +7,7 @@ order; within a dataset every unit (episode or frame) comes once an epoch, in th
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -155,12 +155,6 @@ class Samples(Dataset):
         first = int(self._ends[dataset][at - 1]) if at else 0
         return int(self._episodes[dataset][at]), unit - first if self.window.unit == "frame" else None
 
-    def enumerate(self) -> Iterator[tuple[int, int, int | None]]:
-        """Every place once, in the order of the files."""
-        for dataset, size in enumerate(self.sizes):
-            for unit in range(size):
-                yield (dataset, *self._unit(dataset, unit))
-
     def sample(self, n: int, attempt: int = 0) -> dict[str, Any]:
         """Sample n. Raises DataError where it cannot be read."""
         rng = np.random.default_rng([self.seed, n, attempt])
@@ -172,11 +166,6 @@ class Samples(Dataset):
         """The sample at a place, not augmented; where `frame` is None, from a fixed random start."""
         episode, cut = self._cut(dataset, index, frame, np.random.default_rng([self.seed, dataset, index]))
         return {**self.window.read(episode, cut), **self._about(dataset, episode, cut)}
-
-    def label(self, dataset: int, index: int, frame: int | None) -> dict[str, Any]:
-        """As `read`, without the frames, which are then not decoded."""
-        episode, cut = self._cut(dataset, index, frame, np.random.default_rng([self.seed, dataset, index]))
-        return {**self.window.label(episode, cut), **self._about(dataset, episode, cut)}
 
     def _cut(
         self,

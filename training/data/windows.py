@@ -63,37 +63,11 @@ class Clips:
         known = [view for view in cut.views or episode.views if view in episode.views]
         chosen = [known[i] for i in cut.rng.permutation(len(known))[: self.views]]
         frames = [prepare(episode.frames(view, index), self.size, cut.change) for view in chosen]
+        valid = wanted < episode.length
         if self.views == 1:
-            return {"frames": frames[0], **self.label(episode, cut)}
+            return {"frames": frames[0], "valid": valid}
         paired = np.array(len(chosen) == 2)
-        return {"frames": np.stack([frames[0], frames[-1]]), "paired": paired, **self.label(episode, cut)}
-
-    def label(self, episode: Episode, cut: Cut) -> dict[str, Any]:
-        """What `read` gives besides the frames."""
-        return {"valid": cut.at + cut.stride * np.arange(self.frames) < episode.length}
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Stage 2 and its labels: o_{t-1} .. o_{t+H} around frame t, both ends repeat-padded."""
-
-    horizon: int = 14
-    size: int = 256
-    unit: Unit = "frame"
-
-    def read(self, episode: Episode, cut: Cut) -> dict[str, Any]:
-        """frames u8 [H + 2, s, s, 3], valid bool [H + 2] (False: padded)."""
-        index = np.clip(self._wanted(cut), 0, episode.length - 1)
-        frames = episode.frames(pick_view(episode, cut.views), index)
-        return {"frames": prepare(frames, self.size, cut.change), **self.label(episode, cut)}
-
-    def label(self, episode: Episode, cut: Cut) -> dict[str, Any]:
-        """What `read` gives besides the frames."""
-        wanted = self._wanted(cut)
-        return {"valid": (wanted >= 0) & (wanted < episode.length)}
-
-    def _wanted(self, cut: Cut) -> np.ndarray:
-        return cut.at + cut.stride * np.arange(-1, self.horizon + 1)
+        return {"frames": np.stack([frames[0], frames[-1]]), "paired": paired, "valid": valid}
 
 
 @dataclass(frozen=True)
@@ -109,30 +83,29 @@ class Chunks:
     unit: Unit = "frame"
 
     def read(self, episode: Episode, cut: Cut) -> dict[str, Any]:
-        """frames u8 [2, s, s, 3], actions f32 [H, D], mask bool [H], state f32 [S] (zeros [D] if none)."""
-        label = self.label(episode, cut)
-        before = history(episode.timestamps, cut.at, self.history_seconds)
-        frames = episode.frames(pick_view(episode, cut.views), [before, cut.at])
-        return {"frames": prepare(frames, self.size, cut.change), **label}
+        """frames u8 [2, s, s, 3], actions f32 [H, D], mask bool [H], state f32 [S] (zeros [D] if none).
 
-    def label(self, episode: Episode, cut: Cut) -> dict[str, Any]:
-        """What `read` gives besides the frames. Raises DataError where there are no actions."""
+        Raises DataError where there are no actions.
+        """
         if episode.actions is None:
             raise DataError(
                 f"{episode.key}: has no actions; set action_key, or use it for stages 1 and 2 only"
             )
+        before = history(episode.timestamps, cut.at, self.history_seconds)
+        frames = episode.frames(pick_view(episode, cut.views), [before, cut.at])
         wanted = cut.at + cut.stride * np.arange(self.horizon)
         state = (
             np.zeros(episode.actions.shape[1], np.float32) if episode.state is None else episode.state[cut.at]
         )
         return {
+            "frames": prepare(frames, self.size, cut.change),
             "actions": episode.actions[np.minimum(wanted, episode.length - 1)],
             "mask": wanted < episode.length,
             "state": state,
         }
 
 
-Window = Clips | Windows | Chunks
+Window = Clips | Chunks
 
 
 def history(timestamps: np.ndarray, at: int, seconds: float) -> int:

@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from config.dataset import Augmentation, DatasetConfig, Mixture
-from config.embodiment import Dimension, Embodiment
 from tests.training.data import made
 from training.data import index, sampling
 from training.data.augment import draw, prepare
 from training.data.episode import DataError
 from training.data.loader import Loader
 from training.data.sampling import BLOCK, Samples, held_out, permuted, quotas
-from training.data.statistics import actions_and_states, check_embodiment
-from training.data.windows import Chunks, Clips, Windows, history
+from training.data.windows import Chunks, Clips, Cut, history
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +58,7 @@ def test_weights_are_proportions(paths):
                 DatasetConfig(path=str(paths["lerobot"]), weight=1),
             )
         ),
-        Windows(4, 32),
+        Chunks(4, 32),
         seed=5,
         subset="all",
     )
@@ -73,13 +71,12 @@ def test_weights_are_proportions(paths):
 
 
 def test_an_epoch_sees_every_frame_once_in_a_new_order(paths):
-    samples = Samples(mixture(paths, "bridge"), Windows(4, 32), 0, subset="all")
+    samples = Samples(mixture(paths, "bridge"), Chunks(4, 32), 0, subset="all")
     size = samples.sizes[0]
     assert size == 60
     epochs = [[samples.place(n)[1:] for n in range(e * size, (e + 1) * size)] for e in range(2)]
     assert set(epochs[0]) == set(epochs[1]) == {(e, t) for e in range(6) for t in range(10)}
     assert epochs[0] != epochs[1]
-    assert sorted(epochs[0]) == [place[1:] for place in samples.enumerate()]
 
 
 def test_samples_do_not_depend_on_what_came_before(paths):
@@ -108,15 +105,11 @@ def test_resuming_and_ranks_keep_the_global_order(paths):
 
 
 def test_validation_holds_out_whole_episodes(paths):
-    parts = {
-        subset: {
-            p[1]
-            for p in Samples(
-                mixture(paths, "bridge", validation_share=0.34), Windows(2, 32), 0, subset=subset
-            ).enumerate()
-        }
-        for subset in ("train", "validation", "all")
-    }
+    data = mixture(paths, "bridge", validation_share=0.34)
+    parts = {}
+    for subset in ("train", "validation", "all"):
+        samples = Samples(data, Chunks(2, 32), 0, subset=subset)
+        parts[subset] = {samples.place(n)[1] for n in range(samples.sizes[0])}
     assert parts["train"] & parts["validation"] == set()
     assert parts["train"] | parts["validation"] == parts["all"] == set(range(6))
     assert len(parts["validation"]) == 2
@@ -125,17 +118,12 @@ def test_validation_holds_out_whole_episodes(paths):
     assert held_out(keys[:2], 0.01).sum() == 1
 
 
-def test_windows_are_the_frames_they_say(paths):
-    samples = Samples(mixture(paths, "bridge", stride=2), Windows(3, 32), 0, subset="all")
-    for at, frames, valid in (
-        (4, [2, 4, 6, 8, 9], [1, 1, 1, 1, 0]),
-        (0, [0, 0, 2, 4, 6], [0, 1, 1, 1, 1]),
-        (9, [7, 9, 9, 9, 9], [1, 1, 0, 0, 0]),
-    ):
-        sample = samples.read(0, 3, at)
-        assert [made.index_of(f) for f in sample["frames"]] == frames
-        assert sample["valid"].tolist() == [bool(v) for v in valid]
-        assert sample["instruction"] == "put the carrot on the plate"
+def test_clips_are_the_frames_they_say(paths):
+    reader = Samples(mixture(paths, "bridge"), Clips(4, 32), 0, subset="all").readers[0]
+    for at, frames, valid in ((1, [1, 3, 5, 7], [1, 1, 1, 1]), (5, [5, 7, 9, 9], [1, 1, 1, 0])):
+        clip = Clips(4, 32).read(reader.episode(3), Cut(at, 2, ("image_0",), np.random.default_rng(0)))
+        assert [made.index_of(f) for f in clip["frames"]] == frames
+        assert clip["valid"].tolist() == [bool(v) for v in valid]
 
 
 def test_chunks_are_the_actions_of_their_frame(paths):
@@ -147,8 +135,6 @@ def test_chunks_are_the_actions_of_their_frame(paths):
     assert sample["mask"].tolist() == [True] * 10 + [False] * 4
     np.testing.assert_allclose(sample["state"], 2)
     assert [made.index_of(f) for f in samples.read(0, 2, 1)["frames"]] == [0, 1]  # no earlier frame
-    label = samples.label(0, 2, 10)
-    assert same(label, {k: v for k, v in sample.items() if k != "frames"})
     assert history(np.array([0.0, 0.1, 0.2, 0.55]), 3, 0.4) == 2
 
 
@@ -210,7 +196,7 @@ def test_nothing_readable_ends_the_run(tmp_path):
     with pytest.raises(DataError, match="in a row are unreadable"):
         samples[0]
     with pytest.raises(DataError, match="no episode"):
-        Samples(Mixture(datasets=(DatasetConfig(path=str(root)),)), Windows(3, 32), 0)
+        Samples(Mixture(datasets=(DatasetConfig(path=str(root)),)), Chunks(3, 32), 0)
 
 
 def test_lengths_are_counted_once(paths, tmp_path, monkeypatch):
@@ -232,32 +218,6 @@ def test_different_robots_do_not_batch(paths, tmp_path):
     samples = Samples(mixture(three, "lerobot", "three"), Chunks(3, 32), 0, subset="all")
     with pytest.raises(DataError, match="actions differ in shape"):
         list(Loader(samples, 8, steps=2))
-    with pytest.raises(DataError, match="one robot a run"):
-        actions_and_states(samples)
-
-
-def test_actions_and_states_are_those_of_the_subset(paths):
-    samples = Samples(mixture(paths, "bridge"), Chunks(3, 32), 0, subset="all")
-    actions, states = actions_and_states(samples)
-    np.testing.assert_allclose(actions, np.concatenate([made.actions(k) for k in range(6)]))
-    assert states.shape == (60, 7)
-
-
-def test_the_embodiment_must_be_the_datasets(paths):
-    def embodiment(names, rate):
-        dimensions = tuple(Dimension(name=n, kind="joint") for n in names)
-        return Embodiment(name="arm", dimensions=dimensions, rate_hz=rate, history_seconds=0.1)
-
-    samples = Samples(mixture(paths, "lerobot"), Chunks(3, 32), 0)
-    check_embodiment(samples, embodiment("abcdefg", 15))
-    for names, rate, what in (("abcdefx", 15, "recorded with"), ("abcdefg", 30, "15.00 frames/s")):
-        with pytest.raises(DataError, match=what):
-            check_embodiment(samples, embodiment(names, rate))
-    bridge = Samples(mixture(paths, "bridge"), Chunks(3, 32), 0)
-    with pytest.raises(DataError, match="7 action dimensions"):
-        check_embodiment(bridge, embodiment("abc", 5))
-    with pytest.raises(DataError, match="no action dimensions"):
-        check_embodiment(Samples(mixture(paths, "ssv2"), Chunks(3, 32), 0), embodiment("abc", 12))
 
 
 def test_blocks_are_cached_not_needed():
