@@ -28,6 +28,7 @@ from config.loading import load
 from config.robot import Robot
 from config.task import Task
 from episodes import demonstration, layout
+from episodes.parallel import in_order
 from episodes.writer import Writer
 from policy_server.images import cut, fit
 from simulation.demonstrate import Demonstrator
@@ -281,7 +282,8 @@ def film(
     todo = every[writer.episodes :]
     context = multiprocessing.get_context("spawn")
     with writer, ProcessPoolExecutor(workers, context, _open_film, (robot, embodiment, size, cache)) as pool:
-        for played, task, frames, places in track(pool.map(_draw, todo), "drawing", total=len(todo)):
+        drawn = in_order(pool, _draw, todo, 2 * workers)
+        for played, task, frames, places in track(drawn, "drawing", total=len(todo)):
             for i, frame in enumerate(frames):
                 row = {demonstration.CAMERA: frame, PLACES: places[i]}
                 if actions:
