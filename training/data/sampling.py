@@ -72,6 +72,14 @@ def _block(seed: int, block: int, quota: tuple[int, ...]) -> tuple[np.ndarray, n
     return order, rank
 
 
+def turn(seed: int, n: int, quota: tuple[int, ...]) -> tuple[int, int]:
+    """(dataset of sample n, how many samples of that dataset came before)."""
+    block, within = divmod(n, BLOCK)
+    order, rank = _block(seed, block, quota)
+    dataset = int(order[within])
+    return dataset, block * quota[dataset] + int(rank[within])
+
+
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     """Which episodes are the validation subset, bool [n]: those whose names have the lowest hashes.
 
@@ -139,14 +147,12 @@ class Samples(Dataset):
 
         attempt > 0: the sample taken instead, of the same dataset, after so many failures.
         """
-        block, within = divmod(n, BLOCK)
-        order, rank = _block(self.seed, block, self._quota)
-        dataset = int(order[within])
+        dataset, before = turn(self.seed, n, self._quota)
         size = self.sizes[dataset]
         if attempt:
             unit = _mix(n, self.seed + (attempt << 32), dataset) % size
         else:
-            epoch, position = divmod(block * self._quota[dataset] + int(rank[within]), size)
+            epoch, position = divmod(before, size)
             unit = permuted(position, size, _mix(self.seed, epoch, dataset))
         return (dataset, *self._unit(dataset, unit))
 
