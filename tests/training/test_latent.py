@@ -9,25 +9,15 @@ import torch
 
 from config.dataset import DatasetConfig
 from config.training import LatentObjective
-from models.latent_action.config import SIZES, LatentActionConfig
+from models.latent_action.config import LatentActionConfig
 from models.latent_action.losses import load_raft
 from models.latent_action.model import LatentActionModel, to_clip
+from tests.training.replicated import SMALL
 from training import latent
 from training.data.open import open_dataset
 from training.latent import Terms
 
 BRIDGE = Path(__file__).resolve().parents[3] / "shared" / "data" / "bridge_v2_sample"
-SMALL = dataclasses.replace(
-    SIZES["laq_tiny"],
-    name="small",
-    width=32,
-    vit_layers=1,
-    vit_heads=2,
-    heads=2,
-    head_dim=16,
-    encoder_layers=1,
-    decoder_layers=1,
-)
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +166,9 @@ def test_views_of_different_moments_and_single_views_train_on_the_self_term_alon
 
 
 def test_lapas_two_frame_quantiser_trains(bridge):
-    m = model(dataclasses.replace(SMALL, code_grid=2, deltas=True, decoder="cross"))
+    m = model(dataclasses.replace(SMALL, code_grid=2, deltas=True, decoder="cross", residual=False))
     objective = LatentObjective(pixel_loss="l2", lpips_weight=0, flow_weight=0)
     pairs = bridge[:, 0, ::7]  # o_t and o_{t+7}
     history = train(m, pairs, objective, steps=20, batch=4)
     assert m.codes(pairs).shape == (len(pairs), 1, 4)
-    assert history[-1]["loss"] < 2 * (pairs[:, 1] - pairs[:, 0]).square().mean()
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]

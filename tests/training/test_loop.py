@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 
+from tests.training import replicated
 from training import cli, distributed
 from training.run import Run, TrainingError, read_config
 
@@ -69,8 +70,11 @@ def test_a_run_killed_and_restarted_ends_bitwise_where_an_undisturbed_one_does(r
     assert losses(tmp_path) == reference[1]
 
 
-def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tmp_path):
+def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tmp_path, monkeypatch):
     toy.run(tmp_path, 20, toy.Toy(stop_at=10))
+    latent, once = tmp_path / "latent", replicated.run(tmp_path / "once")
+    replicated.run(latent, stop_at=3)  # between two refreshes of the codebook
+    monkeypatch.setenv("LATENT", str(latent))
     done = script(tmp_path, 20, ranks=2)
     assert done.returncode == 0, done.stderr
     curve = losses(tmp_path)
@@ -81,6 +85,13 @@ def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tm
     assert "20 x 0/torn: cut off" in done.stderr and " 1 x 0/lost: no such file" in done.stderr
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(torch.allclose(weights[name], w, atol=1e-5) for name, w in reference[0].items())
+
+    # replicated: gradients averaged, codes counted on all ranks and refreshed alike
+    weights = torch.load(latent / "weights.pt", weights_only=True)
+    assert all(torch.allclose(weights[name], w, atol=1e-4) for name, w in once.items())
+    lines = [json.loads(line) for line in (latent / "metrics.jsonl").read_text().splitlines()]
+    replaced = {line["step"]: line["codes_replaced"] for line in lines if "codes_replaced" in line}
+    assert replaced.keys() == {2, 4} and min(replaced.values()) > 0
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_there(reference, tmp_path, capfd):

@@ -1,6 +1,6 @@
 """A stage small enough to kill: a two-layer network with dropout that learns noisy sums.
 
-python tests/training/toy.py RUN STEPS [KILL_AT]     (or under torchrun)
+python tests/training/toy.py RUN STEPS [KILL_AT]     (or under torchrun; with LATENT=RUN also `replicated`)
 """
 
 import os
@@ -91,3 +91,8 @@ if __name__ == "__main__":
     _, weights = run(Path(sys.argv[1]), int(sys.argv[2]), Toy(int(sys.argv[3]) if len(sys.argv) > 3 else 0))
     if weights:
         torch.save(weights, Path(sys.argv[1]) / "weights.pt")
+    if latent := os.environ.get("LATENT"):  # one start of two ranks for both
+        from tests.training import replicated
+
+        if weights := replicated.run(Path(latent)):
+            torch.save(weights, Path(latent) / "weights.pt")
