@@ -21,7 +21,7 @@ from models.config import ModelConfig
 from models.decode import imagine
 from models.policy import Policy
 from training import plots
-from training.data.sampling import held_out, permuted
+from training.data.sampling import held_out, permuted, quotas, turn
 from training.distributed import Ranks
 from training.export import Gathered
 from training.loop import Batch, Stage, evaluate, to_device
@@ -120,17 +120,27 @@ class Labels:
 
 
 class Rows:
-    """Endless `rows[n]` over some rows of the labels, each once an epoch; a pure function of (seed, n)."""
+    """Endless `rows[n]` over some rows of the labels; a pure function of (seed, n). Datasets come in
+    proportion to their weights; within one each row once an epoch.
+    """
 
     broken = ()  # `vipra label` has listed what could not be read
 
     def __init__(self, labels: Labels, rows: np.ndarray, seed: int):
-        self.labels, self.rows, self.seed = labels, rows, seed
+        """Raises DataError for a weight too small."""
+        self.labels, self.seed = labels, seed
+        dataset = np.array([int(key.split("/", 1)[0]) for key in labels.keys])[labels.episode[rows]]
+        self.datasets = np.unique(dataset)  # those that have rows
+        self.rows = [rows[dataset == number] for number in self.datasets]
+        weights = [labels.manifest["datasets"][number]["weight"] for number in self.datasets]
+        self.quota = tuple(int(q) for q in quotas(weights))
 
     def __getitem__(self, n: int) -> dict:
-        epoch, position = divmod(n, len(self.rows))
-        key = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        row = self.rows[permuted(position, len(self.rows), key)]
+        at, earlier = turn(self.seed, n, self.quota)
+        rows = self.rows[at]
+        epoch, position = divmod(earlier, len(rows))
+        key = int(np.random.SeedSequence([self.seed, epoch, at]).generate_state(1)[0])
+        row = rows[permuted(position, len(rows), key)]
         return {"n": n, "errors": [], **self.labels.row(int(row))}
 
 

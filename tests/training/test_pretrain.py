@@ -114,6 +114,23 @@ def test_labelling_killed_in_the_middle_resumes_to_the_same_bytes(made, tmp_path
         distributed.stop()
 
 
+def test_datasets_come_by_their_weights_and_each_row_once_an_epoch():
+    """Three datasets of 3, 50 and 5 rows, weighed 3, 1 and 0.001: the last has been left out."""
+    labels = SimpleNamespace(
+        keys=np.array(["0/a", "0/b", "1/a", "2/a"]),
+        episode=np.repeat(np.arange(4), (1, 2, 50, 5)),
+        manifest={"datasets": [{"weight": w} for w in (3.0, 1.0, 0.001)]},
+        row=lambda i: {"row": i},
+    )
+    order = [pretrain.Rows(labels, np.arange(53), 0)[n]["row"] for n in range(4096)]
+    first, second = ([i for i in order if (i < 3) == inside] for inside in (True, False))
+    assert (len(first), len(second)) == (3072, 1024)
+    assert all(sorted(first[i : i + 3]) == [0, 1, 2] for i in range(0, 3072, 3))
+    assert sorted(second[:50]) == list(range(3, 53)) and second[:50] != second[50:100]
+    alone = pretrain.Rows(labels, np.arange(3, 53), 0)
+    assert sorted(alone[n]["row"] for n in range(50, 100)) == list(range(3, 53))
+
+
 def test_windows_end_with_their_clip():
     index, valid = label.windows(4, 1, 3)
     assert index[0].tolist() == [0, 0, 1, 2, 3] and index[3].tolist() == [2, 3, 3, 3, 3]
