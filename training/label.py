@@ -12,7 +12,7 @@ same bytes.
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -110,6 +110,12 @@ def label(
         "batch": batch,
         "datasets": [config.model_dump(mode="json") for config in mixture.datasets],
     }
+    readers = [open_dataset(config) for config in mixture.datasets]
+    shards = [
+        (dataset, first)
+        for dataset, reader in enumerate(readers)
+        for first in range(0, len(reader), episodes_per_shard)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     begun = out / "begun.json"
     ranks.barrier()
@@ -119,13 +125,6 @@ def label(
     ranks.barrier()
     if ranks.first:
         begun.write_text(json.dumps(about, indent=1))
-
-    readers = [open_dataset(config) for config in mixture.datasets]
-    shards = [
-        (dataset, first)
-        for dataset, reader in enumerate(readers)
-        for first in range(0, len(reader), episodes_per_shard)
-    ]
     for number in range(ranks.rank, len(shards), ranks.size):
         dataset, first = shards[number]
         path = out / f"shard-{dataset:02d}-{first // episodes_per_shard:06d}.parquet"
@@ -182,10 +181,10 @@ def command(
     mixture: Annotated[
         str | None, typer.Option(help="instead of --data: file in config/datasets, or a path")
     ] = None,
-    horizon: Annotated[int, typer.Option(help="H, latent actions a frame (paper: 14)")] = 14,
-    episodes_per_shard: Annotated[int, typer.Option(help="what a killed rank may lose")] = 16,
-    batch: Annotated[int, typer.Option(help="windows computed at once")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    horizon: Annotated[int, typer.Option(min=1, help="H, latent actions a frame (paper: 14)")] = 14,
+    episodes_per_shard: Annotated[int, typer.Option(min=1, help="what a killed rank may lose")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="windows computed at once")] = 16,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
 ) -> None:
     """Latent actions (H = 14, from 16-frame windows) and image tokens of every frame, for `vipra train
     pretrain`.

@@ -17,6 +17,7 @@ from models.latent_action.model import LatentActionModel
 from models.vqgan import VQGAN
 from tests.training.data import made
 from training import distributed, label, start
+from training.data.episode import DataError
 from training.tokenizer import TokenizerStage, vocabulary
 
 SMALL = dataclasses.replace(
@@ -47,6 +48,18 @@ def write(tmp_path, monkeypatch):
 
     yield call
     distributed.stop()
+
+
+def test_nothing_is_begun_that_cannot_be_finished(write, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="no dataset found"):
+        write()
+    options = {"latent": "latent", "tokenizer": "tokenizer", "data": "data", "out": "labels"}
+    line = [word for name, path in options.items() for word in (f"--{name}", str(tmp_path / path))]
+    for option in ("--episodes-per-shard", "--batch", "--horizon"):
+        assert label.main([*line, option, "0"]) == 2
+        assert f"Invalid value for '{option}'" in capsys.readouterr().err
+    assert not (tmp_path / "labels").exists()
 
 
 def test_left_out_episodes_are_not_labelled(write, tmp_path):
