@@ -268,27 +268,23 @@ def _value(text: str) -> Any:
 
 
 def load_recipe(
-    name: str, assignments: Sequence[str] = (), stage: str | None = None, paths: Sequence[str] = ()
+    name: str, assignments: Sequence[str] = (), stage: str | None = None, data: dict | None = None
 ) -> Recipe:
     """Recipe `name` (a file in config/training, or a path) with `--set` assignments.
 
-    stage: refuse any other. paths: dataset folders that replace the recipe's. Raises ConfigError
-    naming file, key and fix.
+    stage: refuse any other. data: keys of a mixture, datasets among them, that replace the recipe's. Raises
+    ConfigError naming file, key and fix.
     """
     path = find(Recipe.KIND, name)
     try:
-        data = yaml.safe_load(path.read_text())
+        fields = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(data, dict) or data.get("stage") not in STAGES:
-        found = data.get("stage") if isinstance(data, dict) else None
+    if not isinstance(fields, dict) or fields.get("stage") not in STAGES:
+        found = fields.get("stage") if isinstance(fields, dict) else None
         raise ConfigError(f"{path}: stage: {found!r} must be one of {', '.join(STAGES)}")
-    if stage and data["stage"] != stage:
-        raise ConfigError(f"{path} is for `vipra train {data['stage']}`, not {stage}")
-    if paths:
-        data["data"] = {
-            "validation_share": VALIDATION_SHARE,
-            **(data.get("data") or {}),
-            "datasets": [{"path": str(path)} for path in paths],
-        }
-    return parse(STAGES[data["stage"]], override(data, list(assignments)), str(path))
+    if stage and fields["stage"] != stage:
+        raise ConfigError(f"{path} is for `vipra train {fields['stage']}`, not {stage}")
+    if data:
+        fields["data"] = {"validation_share": VALIDATION_SHARE, **(fields.get("data") or {}), **data}
+    return parse(STAGES[fields["stage"]], override(fields, list(assignments)), str(path))

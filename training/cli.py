@@ -28,7 +28,9 @@ RecipeName = Annotated[str, typer.Argument(help="file in config/training (e.g. f
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", help="dataset folder, of any kind that `vipra data check` reads; repeat for several"
+        "--data",
+        help="dataset folder, of any kind that `vipra data check` reads, or a mixture: a file in "
+        "config/datasets, or a path; repeat for several",
     ),
 ]
 Out = Annotated[
@@ -59,9 +61,15 @@ Wandb = Annotated[bool, typer.Option("--wandb", help="also log to Weights & Bias
 def resolve(
     stage: str, name: str, sets: list[str] | None, data: list[str] | None, **fields: str | None
 ) -> Recipe:
-    """The recipe with the command line's data and fields. Raises ConfigError."""
+    """The recipe with the command line's data and fields. Raises ConfigError or DataError."""
+    from training.data.cli import mixture
+
     given = [f"{key}={value}" for key, value in fields.items() if value is not None]
-    return load_recipe(name, [*given, *(sets or [])], stage, data or ())
+    named = [mixture(dataset).model_dump(mode="json", exclude_unset=True) for dataset in data or ()]
+    merged = {key: value for part in named for key, value in part.items()}
+    if named:
+        merged["datasets"] = [dataset for part in named for dataset in part["datasets"]]
+    return load_recipe(name, [*given, *(sets or [])], stage, merged)
 
 
 def execute(recipe: Recipe, module: ModuleType, out: Path | None, options: dict) -> None:
@@ -76,7 +84,7 @@ def execute(recipe: Recipe, module: ModuleType, out: Path | None, options: dict)
         return
     if out is None:
         raise TrainingError("nowhere to write the result: give --out FOLDER")
-    if recipe.data is None and getattr(recipe, "labels", None) is None:
+    if recipe.data is None and recipe.stage != "pretrain":
         raise TrainingError("no data: give --data FOLDER, or `data:` in the recipe")
     ranks = distributed.start(options["device"])
     run = None

@@ -174,6 +174,17 @@ def test_a_device_that_is_none_does_not_train_on_the_cpu(capsys):
         distributed.start("gpu")
 
 
+def test_data_is_a_folder_or_a_mixture_by_name(tmp_path):
+    chosen = cli.resolve("latent", "latent_paper", None, ["vipra_pretrain", str(tmp_path)]).data
+    assert [d.weight for d in chosen.datasets] == [198, 87, 25.4, 85.6, 1] and chosen.validation_share == 0.01
+    assert cli.resolve("latent", "latent_paper", None, [str(tmp_path)]).data.validation_share == 0.1
+
+
+def test_pretraining_without_labels_says_so(tmp_path):
+    with pytest.raises(TrainingError, match="give --labels FOLDER"):
+        cli.main(["pretrain", "pretrain_tiny", "--out", str(tmp_path), "--run", str(tmp_path / "run")])
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="micro_batch"):
         toy.train(toy.Toy(), toy.recipe(1), None, distributed.Ranks(0, 3, torch.device("cpu"), None), None)
