@@ -182,6 +182,7 @@ def read_corpus(
     """
     mine: dict[tuple[int, int], Demonstration] = {}
     broken: list[str] = []
+    out: set[tuple[int, int]] = set()
     for number, config in enumerate(mixture.datasets):
         if config.stride != 1:
             raise TrainingError(
@@ -190,6 +191,8 @@ def read_corpus(
             )
         reader = open_dataset(config)
         check_reader(config.path, reader.action_names, robot)
+        chosen = held_out([reader.key(i) for i in range(len(reader))], mixture.validation_share)
+        out |= {(number, int(i)) for i in np.flatnonzero(chosen)}
         for index in run.track(range(ranks.rank, len(reader), ranks.size), f"encoding {config.path}"):
             try:
                 episode = reader.episode(index)
@@ -215,11 +218,7 @@ def read_corpus(
     for line in itertools.chain(*ranks.gather(broken)):
         run.say(f"skipped {line}")
     every = {name: e for share in shares for name, e in share.items()}
-    out = set()
-    for number in range(len(mixture.datasets)):
-        names = sorted(name for name in every if name[0] == number)
-        chosen = held_out([every[name].key for name in names], mixture.validation_share)
-        out.update(name for name, held in zip(names, chosen, strict=True) if held)
+    out &= every.keys()
     if not every.keys() - out:
         raise TrainingError(f"no episode is left to train on ({len(every)} readable, {len(out)} held out)")
     weights = tuple(config.weight for config in mixture.datasets)

@@ -1,6 +1,7 @@
 """`vipra label`: latent actions and frame tokens of every video frame, for pretraining (stage 2).
 
-    labels/manifest.json        models' hashes, horizon, datasets; what was skipped; every shard's SHA-256
+    labels/manifest.json        models' hashes, horizon, datasets, keys of all their episodes and the
+                                mixture's validation_share; what was skipped; every shard's SHA-256
     labels/shard-00-000000.parquet      a row a frame, episodes whole and in order
 
 Columns: key (dataset/episode), instruction, frame, stride, codes (VQGAN tokens, uint16), latents (z_t
@@ -152,7 +153,8 @@ def label(
         say(f"{path.name}: {len(rows['key'])} frames, {len(skipped)} episodes skipped")
     ranks.barrier()
     if ranks.first:
-        finish(out, about)
+        keys = [[reader.key(i) for i in range(len(reader))] for reader in readers]
+        finish(out, {**about, "keys": keys, "validation_share": mixture.validation_share})
 
 
 def finish(out: Path, about: dict) -> None:

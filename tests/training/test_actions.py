@@ -13,6 +13,8 @@ from models.vqgan import VQGAN
 from tests.training.data import made
 from training import distributed
 from training.actions import read_corpus
+from training.data.sampling import Samples
+from training.data.windows import Clips
 from training.run import TrainingError
 
 ROBOT = Embodiment(
@@ -69,6 +71,20 @@ def test_the_view_is_the_first_that_an_episode_has(read, tmp_path):
     found, _, said = read(folder, views=["image_2", "image_0"])
     assert not said and (found.episodes[0, 0].codes == wanted.episodes[0, 0].codes).all()
     assert (other.episodes[0, 0].codes != wanted.episodes[0, 0].codes).any()
+
+
+def test_the_episodes_held_out_are_those_of_the_other_stages(read, tmp_path):
+    folder = frames(tmp_path / "f", 20)
+    share = {"validation_share": 0.25}
+    data = Mixture(datasets=[{"path": str(folder), "rate_hz": 5}], **share)
+    _, held, _ = read(folder, share, rate_hz=5)
+    whole = set(held.episodes)
+    broken = min(whole)
+    (folder / f"{held.episodes[broken].key}/actions.npy").write_bytes(b"")
+    train, held, _ = read(folder, share, rate_hz=5)
+    assert set(held.episodes) == whole - {broken} and len(train.episodes) == 15
+    samples = Samples(data, Clips(2, 16), 0, subset="validation")
+    assert {(0, samples.place(n)[1]) for n in range(samples.sizes[0])} == whole
 
 
 def test_one_dataset_of_another_rate_is_named_with_what_to_do(read, tmp_path):

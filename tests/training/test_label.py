@@ -66,8 +66,9 @@ def test_left_out_episodes_are_not_labelled(write, tmp_path):
     for number in range(3):
         made.pictures(tmp_path / f"data/episode_{number}", number, 3)
     (tmp_path / "data/episode_1/instruction.txt").write_text("move")
-    out = write(instructed_only=True)
-    skipped = json.loads((out / "manifest.json").read_text())["skipped"]
-    assert skipped == [[f"0/episode_{i}", f"episode_{i}: has no instruction"] for i in (0, 2)]
+    out = write({"validation_share": 0.4}, instructed_only=True)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["keys"] == [[f"episode_{i}" for i in range(3)]] and manifest["validation_share"] == 0.4
+    assert manifest["skipped"] == [[f"0/episode_{i}", f"episode_{i}: has no instruction"] for i in (0, 2)]
     keys = [key for path in sorted(out.glob("*.parquet")) for key in pq.read_table(path)["key"].to_pylist()]
     assert keys == ["0/episode_1"] * 3

@@ -83,7 +83,9 @@ def turn(seed: int, n: int, quota: tuple[int, ...]) -> tuple[int, int]:
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     """Which episodes are the validation subset, bool [n]: those whose names have the lowest hashes.
 
-    At least one where `share` is above 0 and there are two.
+    At least one where `share` is above 0 and there are two. Every stage asks for all of a dataset's
+    episodes, readable or not: then equal shares hold out the same ones, and a larger share holds out those
+    of a smaller one too.
     """
     place = np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") for key in keys])
     count = max(round(share * len(keys)), 1) if share > 0 and len(keys) > 1 else 0
