@@ -157,8 +157,8 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
     (log,) = (cups / "raw").glob("*.mcap")
     with log.open("rb") as file:
         logged = Counter(channel.topic for _, channel, _ in make_reader(file).iter_messages())
-    wanted = {f"/{arm}/joint_{kind}" for arm in ARMS for kind in ("states", "reference")}
-    assert set(logged) == wanted | {"/arms/status"} and min(logged[topic] for topic in wanted) > 100
+    assert set(logged) == {f"/{arm}/joint_{kind}" for arm in ARMS for kind in ("states", "reference")}
+    assert min(logged.values()) > 100
     captured = data.values(0, demonstration.CAPTURE)
     states, actions = data.values(0, demonstration.STATE), data.values(0, demonstration.ACTION)
     pictures = data.frames(0, demonstration.CAMERA, range(length))
