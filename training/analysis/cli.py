@@ -151,7 +151,7 @@ def smoothness(
         typer.Option(
             "--actions",
             metavar="[NAME=]PATH",
-            help="actions as they were: .npy [T, D] or [episodes, T, D], or a dataset folder; repeat",
+            help="actions as they were: .npy (T, D) or (episodes, T, D), or a dataset folder; repeat",
         ),
     ] = None,
     execute: Annotated[
