@@ -231,6 +231,7 @@ class Operator:
         self._wait(lambda: self._monitor.newest_frame_s() > reset_s, "a picture of the new trial")
         self._insist("/teleop/start")
         self._wait(lambda: self._state("teleop") in ("FOLLOWING", "LOST"), "the arms at their leaders")
+        self._free_hands()
         self._insist("/recorder/start")
         self._wait(lambda: self._state("recorder") == "RECORDING", "the recorder")
         world, rate_hz = LiveWorld(self._control, trial), self._leaders.rate_hz
@@ -256,6 +257,15 @@ class Operator:
             return float(self._values("arms")["time_s"]) > asked_s and self._state("arms") != "HOMING"
 
         self._wait(over, f"the arms at home ({told})")
+
+    def _free_hands(self) -> None:
+        """Squeeze the triggers and let them go: teleop keeps a hand closed that was told to close last."""
+        if "move the trigger" not in self._monitor.status("teleop").message:
+            return
+        joints, opened = self._leaders.held
+        samples = round(HAND_S * self._leaders.rate_hz)
+        squeezed = [(joints, dict.fromkeys(joints, 0.0))] * (samples // 4)
+        self._leaders.play(iter([*squeezed, *[(joints, opened)] * samples]), lambda: self._check("teleop"))
 
     def _insist(self, service: str) -> None:
         """Call until it is not refused: samples and pictures may be a moment late. Raises CallFailed."""

@@ -14,11 +14,13 @@ from config.loading import load
 from config.robot import Robot
 from config.safety import Safety
 from config.task import Task
+from config.teleop import Teleop
 from episodes.demonstration import ACTION, CAMERA, CAPTURE, STATE, SYNC
 from episodes.reader import Dataset
 from vipra_ros.recording import generate as generator
 from vipra_ros.recording.generate import ATTEMPTS, ExpertFailed, Wanted
 from vipra_ros.teleop.expert import Operator, watching_hands
+from vipra_ros.teleop.follow import Teleoperation
 
 SECONDS = 4.5  # of each: the hand closes after 3.6
 
@@ -147,6 +149,38 @@ def test_a_flagged_episode_is_kept_where_asked_for_only():
     operator = Scripted({0}, keep_flagged=True)
     operator.record(0, said.append)
     assert operator.done == ["kept"] and said[-1] == "episode 0: flagged; 9.0 s"
+
+
+def test_a_hand_that_stayed_closed_is_opened_before_the_next_episode():
+    operator, played = Scripted(set(), False), []
+    held = {"right": np.zeros(7)}, {"right": 1.0}
+    operator._leaders = SimpleNamespace(
+        held=held,
+        rate_hz=25.0,
+        play=lambda motion, _: played.extend(opening["right"] for _, opening in motion),
+    )
+    said = SimpleNamespace(message="following")
+    operator._monitor = SimpleNamespace(status=lambda node: said)
+    operator._free_hands()
+    assert played == []
+    config = load(Teleop, "gello_single")
+    teleop = Teleoperation(config, ("right",), (True,), np.full(7, -3.0), np.full(7, 3.0))
+
+    def lead(k: int, opening: float) -> None:
+        teleop.add("right", k / config.rate_hz, np.zeros(7), opening)
+
+    for k in range(10):
+        lead(k, 1.0)
+    teleop.engage(9 / config.rate_hz, np.zeros(7), told=np.zeros(1))  # it was closed last
+    lead(10, 1.0), lead(11, 1.0)
+    teleop.tick(11 / config.rate_hz)
+    assert teleop.waiting_triggers == ("right",)  # what the node then says:
+    said.message = "following; move the trigger to take over the right hand"
+    operator._free_hands()
+    for k, opening in enumerate(played, 12):
+        lead(k, opening)
+        chunk = teleop.tick(k / config.rate_hz)
+    assert teleop.waiting_triggers == () and chunk.grippers[-1, 0] == 1.0
 
 
 @pytest.fixture
