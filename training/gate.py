@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from config.dataset import DatasetConfig
 from episodes.reader import Dataset
 from models.vqgan import VQGAN
-from policy_server.images import cut
 from training.data.augment import prepare
+from training.data.open import open_dataset
 from training.data.sampling import held_out
+from training.data.windows import pick_view
 from training.run import TrainingError
 from training.seen import ABSENT, PLACES
 
@@ -43,15 +44,14 @@ def read(dataset: DatasetConfig, size: int, share: float, every: int = 5, episod
 
     share: of the episodes held out, as the tokenizer's training held them out.
     """
-    data = Dataset(Path(dataset.path))
-    every_key = [f"episode_{row.index:06d}" for row in data.rows]
-    out = held_out(every_key, share)
-    count = min(len(data), episodes)
+    data, reader = Dataset(Path(dataset.path).expanduser()), open_dataset(dataset)
+    out = held_out([reader.key(i) for i in range(len(reader))], share)
+    count = min(len(reader), episodes)
     frames, places, test = [], [], []
     for index in range(count):
-        at = np.arange(index % every, data.rows[index].length, every)
-        pictures = cut(data.frames(index, data.cameras[0], at), dataset.crop)
-        frames.append(prepare(pictures, size))
+        episode = reader.episode(index)
+        at = np.arange(index % every, episode.length, every)
+        frames.append(prepare(episode.frames(pick_view(episode, dataset.views), at), size))
         places.append(np.asarray(data.values(index, PLACES), np.float32)[at].reshape(len(at), -1, 3))
         test.append(np.full(len(at), out[index]))
     names = tuple(name.removesuffix("_x") for name in data.names(PLACES)[::3])

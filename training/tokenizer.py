@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from config.dataset import DatasetConfig
 from config.training import TokenizerRecipe
 from models import checkpoint, sequence
 from models.latent_action.losses import load_lpips, perceptual_loss
@@ -63,7 +64,7 @@ class Reconstructor(nn.Module):
 
 class TokenizerStage(Stage):
     sharded = False
-    truth: Path | None = None  # a dataset that says where things are
+    truth: DatasetConfig | None = None  # a dataset that says where things are
 
     def __init__(self, recipe: TokenizerRecipe, vqgan: VQGAN, weight: Tensor, lpips: nn.Module | None = None):
         self.recipe, self.vqgan = recipe, vqgan
@@ -134,7 +135,7 @@ class TokenizerStage(Stage):
         passed = max(off.values()) < truth.LIMIT_MM
         run.say(
             f"gate {'passed' if passed else 'not passed'} (less than {truth.LIMIT_MM:g} mm): places that a "
-            f"linear probe reads on held-out episodes of {self.truth}"
+            f"linear probe reads on held-out episodes of {self.truth.path}"
         )
         for name, distance in off.items():
             most = ", ".join(f"{other} {found[other].off_mm[name]:.0f} mm" for other in ("pixels", "mean"))
@@ -248,5 +249,5 @@ def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:
     stage.held = Samples(recipe.data, window, recipe.seed, subset="validation") if held else training
     stage.words = vocabulary(instructions(training), config.text_vocab)
     if held:
-        stage.truth = truth.generated(dataset.path for dataset in recipe.data.datasets)
+        stage.truth = truth.generated(recipe.data.datasets)
     return stage

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import RidgeCV
 
+from config.dataset import DatasetConfig
 from episodes.layout import INFO
 from episodes.reader import Dataset
+from training.data.open import open_dataset
+from training.data.windows import pick_view
 
 PLACES = "truth.places"  # feature [K * 3]: x, y, z in m, world, of each hand's fingertips and each thing
 LIMIT_MM = 5.0
@@ -30,33 +33,36 @@ class Seen:
     ]  # share of frames in which no other of its kind is nearer to where it is seen
 
 
-def generated(paths: Iterable[str]) -> Path | None:
+def generated(datasets: Iterable[DatasetConfig]) -> DatasetConfig | None:
     """The first dataset that says where things are."""
-    for path in map(Path, paths):
+    for dataset in datasets:
+        path = Path(dataset.path).expanduser()
         if (path / INFO).is_file() and PLACES in Dataset(path).vectors:
-            return path
+            return dataset
     return None
 
 
 def gate(
-    path: Path,
+    dataset: DatasetConfig,
     inputs: Mapping[str, Callable[[np.ndarray], np.ndarray]],
     held_out: Callable[[list[str]], np.ndarray],
 ) -> dict[str, Seen]:
     """What a ridge probe reads from each of `inputs` (uint8 RGB [n, h, w, 3] -> [n, d]), and, as `mean`, what
     always guessing the mean place gives.
 
-    Probes are fitted to training episodes and tested on others (`held_out` of episode keys, bool). Cups
-    differ by colour alone, so that telling them apart is seeing their colours.
+    Probes are fitted to training episodes and tested on others (`held_out` of the keys of all episodes,
+    bool), EPISODES at most. Cups differ by colour alone, so that telling them apart is seeing their colours.
     """
-    data = Dataset(path)
-    camera = data.cameras[0]
-    count = min(len(data), EPISODES)
-    test = held_out([f"episode_{data.rows[i].index:06d}" for i in range(count)])
+    data, reader = Dataset(Path(dataset.path).expanduser()), open_dataset(dataset)
+    out = held_out([reader.key(i) for i in range(len(reader))])
+    tested = np.flatnonzero(out)[: EPISODES // 4]
+    fitted = np.flatnonzero(~out)[: EPISODES - len(tested)]
+    test = np.repeat([False, True], [len(fitted), len(tested)])
     features, places = {name: [] for name in inputs}, []
-    for index in range(count):
-        at = np.arange(0, data.rows[index].length, EVERY)
-        frames = data.frames(index, camera, at)
+    for index in map(int, [*fitted, *tested]):
+        episode = reader.episode(index)
+        at = np.arange(0, episode.length, EVERY)
+        frames = episode.frames(pick_view(episode, dataset.views), at)
         for name, read in inputs.items():
             features[name].append(read(frames))
         places.append(np.asarray(data.values(index, PLACES))[at])

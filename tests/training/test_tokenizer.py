@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from config.dataset import DatasetConfig
+from config.embodiment import Crop
 from config.training import LatentRecipe, TokenizerRecipe
 from episodes import demonstration, layout
 from episodes.writer import Writer
 from models import checkpoint
 from models.config import SIZES, VQGANConfig
-from training import distributed, latent_stage, loop, start, tokenizer, truth
+from training import distributed, gate, latent_stage, loop, start, tokenizer, truth
 from training.data.sampling import held_out
 from training.run import Run
 
@@ -104,7 +106,7 @@ def test_unreadable_pictures_are_passed_over_in_validation_too(ranks, tmp_path, 
         run.close()
 
 
-def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path):
+def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     features = demonstration.features(["a"], 16, 16)
     features[truth.PLACES] = layout.vector([f"{c}_cup_{axis}" for c in ("red", "blue") for axis in "xyz"])
@@ -120,8 +122,8 @@ def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path):
                 row |= {k: np.zeros(1, features[k]["dtype"]) for k in features if k not in row}
                 writer.add(row, "move")
             writer.save()
-    path = truth.generated([str(tmp_path), str(tmp_path / "made")])
-    assert path == tmp_path / "made"
+    made = DatasetConfig(path=str(tmp_path / "made"))
+    assert truth.generated([DatasetConfig(path=str(tmp_path)), made]) == made
 
     def columns(picture: np.ndarray) -> np.ndarray:
         return np.concatenate([picture.sum(axis, dtype=float) for axis in (1, 2)], 1)
@@ -131,9 +133,18 @@ def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path):
         "grey": lambda f: columns(f.max(-1) > 125),
         "noise": lambda f: rng.normal(size=(len(f), 2)),
     }
-    found = truth.gate(path, inputs, lambda keys: held_out(keys, 0.3))
+    found = truth.gate(made, inputs, lambda keys: held_out(keys, 0.3))
     assert max(found["colour"].off_mm.values()) < truth.LIMIT_MM
     assert min(found["colour"].told_apart.values()) > 0.98
     for name in ("grey", "noise", "mean"):
         assert min(found[name].off_mm.values()) > 7
         assert max(found[name].told_apart.values()) < 0.75
+
+    shown = []
+    half = made.model_copy(
+        update={"crop": Crop(left=0, top=0, width=0.5, height=1), "max_episodes": 4, "views": ("front",)}
+    )
+    truth.gate(half, {"mean": lambda f: shown.append(f.shape) or f.mean((1, 2))}, lambda k: held_out(k, 0.3))
+    assert shown == [(6, 16, 8, 3)] * 4
+    monkeypatch.setattr(gate, "PLACES", truth.PLACES)
+    assert gate.read(half, 16, 0.3).test.tolist().count(True) == 6
