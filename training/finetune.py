@@ -259,6 +259,12 @@ class Finetune(Stage):
 
     # held-out episodes
 
+    @property
+    def plays(self) -> bool:
+        """Whether validation samples actions; decoding tokens reads the matrices past the adapters."""
+        decodes = self.recipe.head == "ar" or self.recipe.future_weight > 0
+        return not (decodes and self.recipe.lora)
+
     def validate(self, step: int, run: Run, ranks: Ranks, recipe: FinetuneRecipe) -> dict[str, float]:
         corpus = self.held_out
         if not corpus.episodes:
@@ -266,13 +272,10 @@ class Finetune(Stage):
         chunks = self.chunks(corpus)
         picked = [chunks.read(*place) for place in corpus.spread(recipe.validation.samples)]
 
-        decodes = recipe.head == "ar" or recipe.future_weight > 0
-        samples = not (decodes and recipe.lora)  # decoding reads matrices past the adapters
-
         def measure(batch: Batch) -> dict[str, Tensor]:
             found = self.module(batch, step)
             count, mask = len(batch["codes"]), batch["mask"][..., None]
-            if not samples:
+            if not self.plays:
                 return {"loss": found["loss"].expand(count)}
             error = (self.sampled(batch, step) - batch["actions"]) * mask
             baseline = batch["actions"] * mask  # the mean action is 0 in normalised units
@@ -288,7 +291,7 @@ class Finetune(Stage):
 
         means = evaluate(self, picked, ranks, recipe, measure)
         metrics = {"loss": float(means["loss"])}
-        if not samples:
+        if not self.plays:
             return metrics
         metrics |= {key: float(means[key] / means["count"]) for key in ("action_mse", "mean_action_mse")}
         error = means["absolute"] / np.maximum(means["counts"], 1e-9)
@@ -438,6 +441,8 @@ def build(recipe: FinetuneRecipe, ranks: Ranks, run: Run) -> Finetune:
     run.say(
         f"{len(train.episodes)} episodes, {len(train.frames)} frames; {len(held.episodes)} episodes held out"
     )
+    if not stage.plays:
+        run.say("adapters with discrete actions or a predicted frame: validation measures the loss alone")
     if stage.fresh and stage.start:
         run.say(f"random at the start: {', '.join(sorted({n.rsplit('.', 1)[0] for n in stage.fresh}))}")
     return stage

@@ -259,6 +259,22 @@ def test_adapters_merge_into_the_function_they_computed(ranks, frame_tokenizer, 
     assert torch.allclose(adapted, plain, atol=3e-2) and not torch.allclose(plain, untouched, atol=0.1)
 
 
+def test_adapters_with_discrete_actions_measure_the_loss_alone_and_say_so(
+    ranks, frame_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(index, "cache_folder", lambda: tmp_path / "cache")
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(ROBOT.model_dump(mode="json")))
+    data = {"datasets": [{"path": str(made.bridge(tmp_path / "data"))}], "validation_share": 0.3}
+    robot = str(tmp_path / "robot.yaml")
+    plan = recipe(frame_tokenizer, data=data, embodiment=robot, head="ar", lora=Lora(rank=4))
+    said = []
+    log = SimpleNamespace(say=said.append, track=lambda items, _: items)
+    stage = finetune.build(plan, ranks, log)
+    assert any("validation measures the loss alone" in line for line in said)
+    loop.set_up(stage, plan, ranks)
+    assert stage.validate(1, log, ranks, plan).keys() == {"loss"}
+
+
 @pytest.mark.parametrize("head", ["flow", "ar"])
 def test_a_joint_that_never_moves_trains_and_saves(head, ranks, frame_tokenizer, tmp_path):
     demo = demonstration()
