@@ -30,6 +30,17 @@ def test_check_reports_what_is_there_and_what_is_broken(tmp_path, capsys):
     assert "101.webm" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_mixed_rates_and_resolutions_are_counted(tmp_path):
+    made.video(tmp_path / "d/a.mp4", 0, 4, rate=12, codec="libx264")
+    made.video(tmp_path / "d/b.mp4", 1, 4, rate=24, codec="libx264")
+    made.pictures(tmp_path / "d/c", 2, 4)
+    (tmp_path / "spec.yaml").write_text(f"datasets: [{{path: {tmp_path}/d, rate_hz: 5}}]")
+    assert main(["check", str(tmp_path / "spec.yaml"), "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())[0]
+    assert report["rates_hz"] == {"12.00": 1, "24.00": 1, "5.00": 1}
+    assert report["resolutions"] == {"video": {"80x64": 2, "40x32": 1}}
+
+
 def test_constant_dimensions_are_named(tmp_path):
     made.lerobot(tmp_path / "d", 1, 5)
     import pyarrow.parquet as pq
