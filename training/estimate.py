@@ -145,6 +145,8 @@ def show(
     table.add_row("run, about", f"{seconds * recipe.steps / 3600:.3g} h for {recipe.steps} steps")
     console = Console()
     console.print(table)
+    if stage.uncounted:
+        console.print(f"Not counted, in memory or time: {', '.join(stage.uncounted)}.")
     if need > has:
         fixes = ["lower micro_batch", "more GPUs"]
         fixes += [] if recipe.activation_checkpointing else ["activation_checkpointing: true"]

@@ -125,7 +125,13 @@ def model_for(recipe: LatentRecipe) -> LatentActionModel:
 
 
 def plan(recipe: LatentRecipe) -> LatentStage:
-    return LatentStage(recipe, model_for(recipe), latent.Terms())
+    with torch.device("meta"):
+        model = model_for(recipe)
+    stage, objective = LatentStage(recipe, model, latent.Terms()), recipe.objective
+    weights = {"LPIPS": objective.lpips_weight, "RAFT": objective.flow_weight}
+    if stage.model.config.target == "pixels":
+        stage.uncounted = [name for name, weight in weights.items() if weight]
+    return stage
 
 
 def build(recipe: LatentRecipe, ranks: Ranks, run: Run) -> LatentStage:

@@ -40,7 +40,8 @@ class Stage:
     layers: Sequence[nn.Module] = ()
     sharded = True  # FSDP2; False: replicated, gradients averaged
     source: Callable[[str], Tensor] | None = None
-    tokens_per_sample = 0
+    uncounted: Sequence[str] = ()  # frozen networks that --dry-run leaves out
+    tokens_per_sample = 0  # about: a text counts with a fixed length
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
         """One micro-batch from the loader, ready for `module`."""

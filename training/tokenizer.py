@@ -229,7 +229,9 @@ def vocabulary(tasks: list[str], count: int) -> Tokenizer:
 
 def plan(recipe: TokenizerRecipe) -> TokenizerStage:
     config = size(recipe.model).vqgan
-    return TokenizerStage(recipe, VQGAN(config), torch.ones(1, config.image_size, config.image_size))
+    stage = TokenizerStage(recipe, VQGAN(config), torch.ones(1, config.image_size, config.image_size))
+    stage.uncounted = ["LPIPS"] if recipe.lpips else []
+    return stage
 
 
 def build(recipe: TokenizerRecipe, ranks: Ranks, run: Run) -> TokenizerStage:

@@ -130,7 +130,14 @@ def test_a_7b_run_is_planned_without_any_folder(command, capsys):
 
 def test_a_stage_under_autocast_is_planned_too(capsys):
     assert cli.main(["latent", "latent_sim", "--dry-run", "--gpu-memory", "24", "--gpu-tflops", "165"]) == 0
-    assert re.search(r"activations\W+[\d.]+ GiB", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"activations\W+[\d.]+ GiB", shown) and "Not counted" not in shown
+
+
+def test_the_papers_latent_model_fits_its_gpus_before_what_is_not_counted(capsys):
+    eight = ["--dry-run", "--gpus", "8", "--gpu-memory", "80", "--gpu-tflops", "989"]
+    assert cli.main(["latent", "latent_paper", *eight]) == 0
+    assert "Not counted, in memory or time: LPIPS, RAFT." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
