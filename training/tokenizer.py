@@ -35,7 +35,7 @@ TEXT_EPISODES = 20_000  # whose instructions teach the vocabulary
 
 
 class Reconstructor(nn.Module):
-    """VQGAN and its loss; keeps the last latents, and which codes were used, for the restarts."""
+    """VQGAN and its loss; keeps the step's latents, and which codes were used, for the restarts."""
 
     def __init__(self, vqgan: VQGAN, weight: Tensor, lpips: nn.Module | None, lpips_weight: float):
         super().__init__()
@@ -43,13 +43,14 @@ class Reconstructor(nn.Module):
         self.register_buffer("weight", weight, persistent=False)  # [datasets, h, w], mean 1
         self.register_buffer("used", torch.zeros(vqgan.config.codebook_size))  # since the last restart
         self.recent = torch.zeros(vqgan.config.codebook_size)  # in this step, on this rank
+        self.latents: list[Tensor] = []  # of this step's micro-batches, on this rank
         self.lpips = [lpips] if lpips else []  # a list hides it from the parameters
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         x = self.vqgan.to_input(batch["frames"][:, 0])
         out = self.vqgan(x)
-        self.latents = out.latents.detach()
         if self.training:
+            self.latents.append(out.latents.detach())
             self.recent = self.recent.to(x.device)
             self.recent.index_fill_(0, out.codes.flatten(), 1.0)
         weight = self.weight[batch["dataset"]][:, None]
@@ -85,9 +86,10 @@ class TokenizerStage(Stage):
         recipe, module = self.recipe, self.module
         module.used += torch.tensor(ranks.sum(module.recent.tolist()), device=module.used.device)
         module.recent.zero_()
+        seen, module.latents = module.latents, []
         if step % recipe.restart_every or step > recipe.restart_until * recipe.steps:
             return {}
-        latents = torch.cat(ranks.gather(module.latents.float().cpu()))
+        latents = torch.cat(ranks.gather(torch.cat(seen).float().cpu()))
         generator = torch.Generator().manual_seed(step)
         moved = self.vqgan.restart_codes(latents.to(ranks.device), module.used.nonzero(), generator)
         module.used.zero_()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import cv2
+import lpips
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from episodes import demonstration, layout
 from episodes.writer import Writer
 from models import checkpoint
 from models.config import SIZES, VQGANConfig
+from models.vqgan import VQGAN
 from training import distributed, gate, latent_stage, loop, start, tokenizer, truth
 from training.data.sampling import held_out
 from training.run import Run
@@ -104,6 +106,38 @@ def test_unreadable_pictures_are_passed_over_in_validation_too(ranks, tmp_path, 
         assert any(stage.held[n]["errors"] for n in range(plan.validation.samples))
         assert np.isfinite(stage.validate(0, run, ranks, plan)[measured])
         run.close()
+
+
+def test_codes_restart_alike_however_a_batch_is_cut(ranks):
+    frames = np.random.default_rng(0).integers(256, size=(8, 1, 16, 16, 3)).astype(np.uint8)
+    batch = {"frames": torch.from_numpy(frames), "dataset": torch.zeros(8, dtype=torch.long)}
+    restarted = []
+    for micro_batch in (8, 2):
+        plan = TokenizerRecipe(
+            stage="tokenizer", model="small", steps=4, global_batch=8, micro_batch=micro_batch,
+            optimizer={"learning_rate": 1e-3}, restart_every=1, validation={"every": 9},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        stage = tokenizer.TokenizerStage(plan, VQGAN(VQ), torch.ones(1, 16, 16))
+        for part in (loop.rows(batch, at, at + micro_batch) for at in range(0, 8, micro_batch)):
+            stage.module(part, 1)
+        assert stage.after_step(1, ranks)["codes_restarted"] > 0
+        restarted.append(stage.vqgan.quantize.embedding.weight.detach())
+    torch.testing.assert_close(*restarted)
+
+
+def test_lpips_adds_its_weight_and_teaches_the_decoder():
+    """VGG of random weights, which is enough for that."""
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    module = tokenizer.Reconstructor(VQGAN(VQ), torch.ones(1, 16, 16), network, 0.5)
+    batch = {"frames": torch.randint(256, (2, 1, 16, 16, 3)), "dataset": torch.zeros(2, dtype=torch.long)}
+    out = module(batch, 1)
+    assert out["lpips"] > 0
+    torch.testing.assert_close(out["loss"], out["l1"] + out["quantisation"] + 0.5 * out["lpips"])
+    out["lpips"].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.vqgan.decoder.parameters())
+    assert not [name for name, _ in module.named_parameters() if "lpips" in name]
 
 
 def test_the_gate_reads_places_and_colours_off_what_holds_them(tmp_path, monkeypatch):
