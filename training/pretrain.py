@@ -40,7 +40,7 @@ def _manifest(path: Path) -> dict:
     """Raises TrainingError."""
     try:
         found = json.loads(path.read_text())
-        return {key: found[key] for key in MANIFEST}
+        return {**found, **{key: found[key] for key in MANIFEST}}
     except FileNotFoundError as error:
         raise TrainingError(f"{path} is missing: finish `vipra label` first") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -286,13 +286,17 @@ finetuned (`vipra train finetune --start`); `vipra imagine` shows what it expect
 """
 
 
-def held_out_episodes(keys: np.ndarray, share: float) -> np.ndarray:
-    """Which of `keys` ("dataset/episode") are held out, bool: those that the other stages hold out too."""
+def held_out_episodes(keys: np.ndarray, share: float, every: list[list[str]] | None = None) -> np.ndarray:
+    """Which of `keys` ("dataset/episode") are held out, bool: those that the other stages hold out too.
+
+    every: names of all episodes by dataset, skipped ones among them; None: of labels that do not say.
+    """
     out = np.zeros(len(keys), bool)
     dataset, names = np.array([str(key).split("/", 1) for key in keys]).T
     for number in np.unique(dataset):
         mine = dataset == number
-        out[mine] = held_out(list(names[mine]), share)
+        known = np.array(every[int(number)] if every else names[mine])
+        out[mine] = np.isin(names[mine], known[held_out(list(known), share)])
     return out
 
 
@@ -308,7 +312,12 @@ def build(recipe: PretrainRecipe, ranks: Ranks, run: Run) -> Pretrain:
     stage.labels = labels
     for instruction in labels.instructions.values():
         stage.prompts(instruction)  # too long a one ends the run here
-    out = held_out_episodes(labels.keys, recipe.validation_share)[labels.episode]
+    out = held_out_episodes(labels.keys, recipe.validation_share, labels.manifest.get("keys"))
+    if out.all():
+        raise TrainingError(
+            f"all {len(out)} labelled episodes are held out: label more, or --set validation_share=0"
+        )
+    out = out[labels.episode]
     stage.training = Rows(labels, np.flatnonzero(~out), recipe.seed)
     stage.held = np.flatnonzero(out)
     run.say(f"{len(labels.keys)} episodes, {(~out).sum()} frames; {out.sum()} frames held out")

@@ -24,6 +24,7 @@ from models.latent_action.model import LatentActionModel
 from models.vqgan import VQGAN
 from tests.training.ranks import forked
 from training import distributed, label, loop, pretrain, start
+from training.data.sampling import held_out
 from training.run import Run, TrainingError
 from training.tokenizer import TokenizerStage, vocabulary
 
@@ -129,6 +130,14 @@ def test_datasets_come_by_their_weights_and_each_row_once_an_epoch():
     assert sorted(second[:50]) == list(range(3, 53)) and second[:50] != second[50:100]
     alone = pretrain.Rows(labels, np.arange(3, 53), 0)
     assert sorted(alone[n]["row"] for n in range(50, 100)) == list(range(3, 53))
+
+
+def test_an_episode_that_was_skipped_moves_no_other_out():
+    names = [f"e{i}" for i in range(40)]
+    labelled = np.array([f"0/{name}" for name in names[::2]])
+    everywhere = set(np.array(names)[held_out(names, 0.3)])  # as the other stages, which count the skipped
+    found = pretrain.held_out_episodes(labelled, 0.3, [names])
+    assert [key.split("/")[1] in everywhere for key in labelled] == found.tolist() and 0 < found.sum() < 20
 
 
 def test_windows_end_with_their_clip():
