@@ -80,7 +80,3 @@ class Loader:
         except DataError as error:  # a worker's comes as its traceback, in which the message is last
             error.with_traceback(None)  # its frames keep the workers
             raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
-
-    def report(self) -> str:
-        """What was unreadable and how often it was met, one line each; empty if all was well."""
-        return "\n".join(f"{count:5d} x {message}" for (_, message), count in self.errors.most_common())
