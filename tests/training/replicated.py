@@ -53,9 +53,8 @@ class Clips:
         return {"frames": frames.numpy(), "n": n, "errors": []}
 
 
-def run(folder: Path, stop_at: int = 0) -> dict:
+def run(folder: Path, ranks: distributed.Ranks, stop_at: int = 0) -> dict:
     """Train to the last step, or to a SIGTERM; returns the parameters."""
-    ranks = distributed.start("cpu")
     torch.manual_seed(0)
     stage = LatentStage(RECIPE, LatentActionModel(SMALL), Terms())
     stage.held = Clips()
@@ -73,4 +72,3 @@ def run(folder: Path, stop_at: int = 0) -> dict:
         return distributed.full_weights(stage.module)
     finally:
         log.close()
-        distributed.stop()

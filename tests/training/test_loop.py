@@ -72,8 +72,10 @@ def test_a_run_killed_and_restarted_ends_bitwise_where_an_undisturbed_one_does(r
 
 def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tmp_path, monkeypatch):
     toy.run(tmp_path, 20, toy.Toy(stop_at=10))
-    latent, once = tmp_path / "latent", replicated.run(tmp_path / "once")
-    replicated.run(latent, stop_at=3)  # between two refreshes of the codebook
+    latent = tmp_path / "latent"
+    with toy.started() as ranks:
+        once = replicated.run(tmp_path / "once", ranks)
+        replicated.run(latent, ranks, stop_at=3)  # between two refreshes of the codebook
     monkeypatch.setenv("LATENT", str(latent))
     done = script(tmp_path, 20, ranks=2)
     assert done.returncode == 0, done.stderr

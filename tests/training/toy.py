@@ -6,6 +6,8 @@ python tests/training/toy.py RUN STEPS [KILL_AT]     (or under torchrun; with LA
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,27 +74,36 @@ def recipe(steps: int, **changes) -> Recipe:
 
 def run(folder: Path, steps: int, stage: Toy, **changes) -> tuple[bool, dict]:
     """Train and return (finished, whole weights on rank 0)."""
-    ranks = distributed.start("cpu")
-    try:
-        plan = recipe(steps, **changes)
-        log = Run(folder, plan, ranks.rank, ranks.size)
+    with started() as ranks:
+        return run_in(ranks, folder, recipe(steps, **changes), stage)
 
-        try:
-            finished = train(stage, plan, log, ranks, Samples())
-        finally:
-            log.close()
-        return finished, distributed.full_weights(stage.module)
+
+@contextmanager
+def started() -> Iterator[distributed.Ranks]:
+    try:
+        yield distributed.start("cpu")
     finally:
         distributed.stop()
 
 
+def run_in(ranks: distributed.Ranks, folder: Path, plan: Recipe, stage: Toy) -> tuple[bool, dict]:
+    log = Run(folder, plan, ranks.rank, ranks.size)
+    try:
+        finished = train(stage, plan, log, ranks, Samples())
+    finally:
+        log.close()
+    return finished, distributed.full_weights(stage.module)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _, weights = run(Path(sys.argv[1]), int(sys.argv[2]), Toy(int(sys.argv[3]) if len(sys.argv) > 3 else 0))
-    if weights:
-        torch.save(weights, Path(sys.argv[1]) / "weights.pt")
-    if latent := os.environ.get("LATENT"):  # one start of two ranks for both
-        from tests.training import replicated
+    place, steps, *kill_at = sys.argv[1:]
+    with started() as ranks:
+        done = {place: run_in(ranks, Path(place), recipe(int(steps)), Toy(*map(int, kill_at)))[1]}
+        if latent := os.environ.get("LATENT"):  # one start of two ranks for both
+            from tests.training import replicated
 
-        if weights := replicated.run(Path(latent)):
-            torch.save(weights, Path(latent) / "weights.pt")
+            done[latent] = replicated.run(Path(latent), ranks)
+    for folder, weights in done.items():
+        if weights:
+            torch.save(weights, Path(folder) / "weights.pt")
