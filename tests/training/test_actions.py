@@ -7,23 +7,15 @@ import pytest
 import torch
 
 from config.dataset import Mixture
-from config.embodiment import Embodiment
 from models.config import VQGANConfig
 from models.vqgan import VQGAN
 from tests.training.data import made
+from tests.training.data.made import ROBOT
 from training import distributed
 from training.actions import read_corpus
 from training.data.sampling import Samples
 from training.data.windows import Clips
 from training.run import TrainingError
-
-ROBOT = Embodiment(
-    name="bridge",
-    horizon=4,
-    rate_hz=5,
-    history_seconds=0.2,
-    dimensions=[{"name": f"x{i}", "kind": "joint"} for i in range(6)] + [{"name": "g", "kind": "gripper"}],
-)
 
 
 @pytest.fixture

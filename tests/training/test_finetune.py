@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from config.dataset import DatasetConfig, Mixture
-from config.embodiment import Embodiment
 from config.loading import ConfigError
 from config.training import FinetuneRecipe, Lora, TokenizerRecipe, load_recipe
 from models import checkpoint, sequence
@@ -23,6 +22,7 @@ from models.tokenizer import Tokenizer
 from models.vqgan import VQGAN
 from policy_server.engine import Engine, Request
 from tests.training.data import made
+from tests.training.data.made import ROBOT
 from training import distributed, estimate, finetune, loop, start
 from training.actions import Corpus, Demonstration, chunk
 from training.data import index
@@ -40,13 +40,6 @@ LEROBOT = ROOT.parent / "shared" / "data" / "lerobot_v3_video"
 VQ = VQGANConfig(32, (8, 8, 8, 16), 1, 8, 64, norm_groups=4)  # 16 tokens a frame
 SMALL = dataclasses.replace(
     SIZES["vipra_tiny"], name="small", hidden=64, mlp_hidden=128, layers=2, heads=2, vision_vocab=66, vqgan=VQ
-)
-ROBOT = Embodiment(
-    name="bridge",
-    horizon=4,
-    rate_hz=5,
-    history_seconds=0.2,
-    dimensions=[{"name": f"x{i}", "kind": "joint"} for i in range(6)] + [{"name": "g", "kind": "gripper"}],
 )
 
 

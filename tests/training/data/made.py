@@ -11,11 +11,19 @@ import numpy as np
 from tfrecord import example_pb2
 from tfrecord.writer import TFRecordWriter
 
+from config.embodiment import Embodiment
 from episodes import layout
 from episodes.writer import Writer
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 STEPS = 10
+ROBOT = Embodiment(
+    name="bridge",
+    horizon=4,
+    rate_hz=5,
+    history_seconds=0.2,
+    dimensions=[{"name": f"x{i}", "kind": "joint"} for i in range(6)] + [{"name": "g", "kind": "gripper"}],
+)
 
 
 def picture(episode: int, index: int, height: int = 32, width: int = 40) -> np.ndarray:
