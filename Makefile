@@ -1,6 +1,6 @@
 # make demo    the whole system on this machine, no robot needed: report in runs/demo/<time>/
 # make test    the test suite             make train-tiny  all stages at tiny size: runs/train-tiny/summary.json
-# make train-sim  the policy that stacks simulated cups, for one GPU: docs/vipra_sim.md
+# make train-sim  the policy that stacks simulated cups, for one GPU; train-sim-small: for two CPU cores (docs/vipra_sim.md)
 # make lint    format and style          make colcon    build as a ROS 2 package into build/ and install/
 PYTHON ?= python3
 EXTRAS ?= robot,server,sim,train,test
@@ -12,7 +12,7 @@ LIBRARIES := libEGL.so.1:libegl1 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.
 DRIVER := libgl1-mesa-dri
 LIVE := tests/benchmarks tests/policy_server tests/simulation tests/vipra_ros
 
-.PHONY: .venv demo test train-tiny train-sim lint colcon clean system
+.PHONY: .venv demo test train-tiny train-sim train-sim-small lint colcon clean system
 
 .venv: $(STAMP)
 
@@ -51,7 +51,10 @@ train-tiny: .venv
 	$(BIN)/python -m training.tiny --out runs/train-tiny
 
 train-sim: .venv
-	$(BIN)/python -m training.sim --out runs/train-sim
+	$(BIN)/python -m training.sim
+
+train-sim-small: .venv
+	$(BIN)/python -m training.sim --small --ignore-gate
 
 lint: .venv
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports

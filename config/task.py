@@ -98,7 +98,7 @@ class Task(Strict):
         for text in self.instructions:
             try:
                 said = text.format(moved="", target="", shape="").strip()
-            except (KeyError, IndexError, ValueError):
+            except (AttributeError, KeyError, IndexError, ValueError):
                 said = ""
             if not said:
                 raise ValueError(

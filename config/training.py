@@ -166,7 +166,9 @@ class PretrainRecipe(Recipe):
         None, description="checkpoint folder that gives VQGAN and vocabulary; null: those of start"
     )
     labels: str | None = Field(None, description="folder written by `vipra label`")
-    validation_share: float = Field(0.05, ge=0, lt=1, description="of the labelled episodes, held out")
+    validation_share: float | None = Field(
+        None, ge=0, lt=1, description="of the labelled episodes, held out; null: as the labels' mixture says"
+    )
     variant: Literal["full", "ac", "sp2", "la"] = Field(
         "full", description="table 2: ac one-step latents, sp2 no future frame, la no latents"
     )

@@ -38,8 +38,9 @@ def merge(
         raise EpisodesError(f"{out} is not empty: choose another folder")
     features = {key: first.info["features"][key] for key in layout.recorded(first.info)}
     wanted = [(d, n) for d in datasets for n in range(len(d)) if n not in without]
+    writer = Writer.create(out, first.fps, features, first.info["robot_type"])
     try:
-        with Writer.create(out, first.fps, features, first.info["robot_type"]) as writer:
+        with writer:
             for done, (dataset, episode) in enumerate(wanted, 1):
                 writer.copy(dataset, episode)
                 writer.save()

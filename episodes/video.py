@@ -37,7 +37,7 @@ class Encoder:
             try:
                 self._file.mux(self._stream.encode(None))
                 self._file.close()
-            except OSError as error:
+            except (av.FFmpegError, OSError) as error:
                 self._problem = str(error)
         if self._problem:
             raise VideoError(f"the episode's video could not be completed: {self._problem}")

@@ -257,6 +257,19 @@ SIZES = {
         max_positions=640,
         rope_theta=1e4,
     ),
+    # The same pictures and tokens, a quarter of the arithmetic: about 1M parameters, for CPUs.
+    "vipra_sim_small": ModelConfig(
+        name="vipra_sim_small",
+        hidden=128,
+        mlp_hidden=352,
+        layers=4,
+        heads=4,
+        text_vocab=512,
+        vision_vocab=1026,
+        vqgan=VQGANConfig(96, (16, 32, 64, 96), 2, 16, 1024, norm_groups=8),
+        max_positions=640,
+        rope_theta=1e4,
+    ),
     # Sequence lengths of the 7B model at a size that a CPU can time.
     "vipra_100m": ModelConfig(
         name="vipra_100m",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from config.loading import ConfigError
 from config.training import Recipe, load_recipe
 
 app = typer.Typer(
@@ -66,7 +67,11 @@ def resolve(
 
     given = [f"{key}={value}" for key, value in fields.items() if value is not None]
     named = [mixture(dataset).model_dump(mode="json", exclude_unset=True) for dataset in data or ()]
-    merged = {key: value for part in named for key, value in part.items()}
+    merged: dict = {}
+    for part in named:
+        for key, value in part.items():
+            if key != "datasets" and merged.setdefault(key, value) != value:
+                raise ConfigError(f"--data: {key} is {merged[key]} in one mixture and {value} in another")
     if named:
         merged["datasets"] = [dataset for part in named for dataset in part["datasets"]]
     return load_recipe(name, [*given, *(sets or [])], stage, merged)

@@ -23,6 +23,7 @@ import typer
 
 from config.dataset import DatasetConfig, Mixture
 from config.loading import load
+from config.training import VALIDATION_SHARE
 from models.latent_action import folder as latent_folder
 from models.latent_action.model import LatentActionModel, encode_labels, to_clip
 from models.vqgan import VQGAN
@@ -72,8 +73,11 @@ def label_episode(
     index, valid = windows(episode.length, stride, horizon)
     latents = []
     for at in range(0, episode.length, batch):
-        clip = to_clip(small[index[at : at + batch]].to(device), side)
-        latents.append(encode_labels(model, clip)[:, -horizon:].cpu())
+        part = index[at : at + batch]
+        wanted, places = np.unique(part, return_inverse=True)
+        clip = to_clip(small[wanted].to(device), side)
+        found = encode_labels(model, clip, torch.from_numpy(places.reshape(part.shape)).to(device))
+        latents.append(found[:, -horizon:].cpu())
     return torch.cat(codes).numpy().astype(np.uint16), torch.cat(latents).numpy().astype(np.uint8), valid
 
 
@@ -199,7 +203,9 @@ def command(
     if (data is None) == (mixture is None):
         raise TrainingError("give --data FOLDER or --mixture FILE")
     chosen = (
-        Mixture(datasets=tuple(DatasetConfig(path=path) for path in data)) if data else load(Mixture, mixture)
+        Mixture(datasets=tuple(DatasetConfig(path=path) for path in data), validation_share=VALIDATION_SHARE)
+        if data
+        else load(Mixture, mixture)
     )
     ranks = distributed.start(device)
     try:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from config.training import PretrainRecipe
+from config.training import VALIDATION_SHARE, PretrainRecipe
 from models import checkpoint, sequence
 from models.config import ModelConfig
 from models.decode import imagine
@@ -312,7 +312,10 @@ def build(recipe: PretrainRecipe, ranks: Ranks, run: Run) -> Pretrain:
     stage.labels = labels
     for instruction in labels.instructions.values():
         stage.prompts(instruction)  # too long a one ends the run here
-    out = held_out_episodes(labels.keys, recipe.validation_share, labels.manifest.get("keys"))
+    share = recipe.validation_share
+    if share is None:
+        share = labels.manifest.get("validation_share", VALIDATION_SHARE)
+    out = held_out_episodes(labels.keys, share, labels.manifest.get("keys"))
     if out.all():
         raise TrainingError(
             f"all {len(out)} labelled episodes are held out: label more, or --set validation_share=0"

@@ -93,7 +93,13 @@ def environment(world: int) -> dict:
 
 
 def read_config(folder: Path) -> dict:
-    return yaml.safe_load((folder / "config.yaml").read_text())
+    """Raises TrainingError."""
+    try:
+        return yaml.safe_load((folder / "config.yaml").read_text())
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename} cannot be read ({error.strerror}): not a run's folder"
+        ) from error
 
 
 class Run:

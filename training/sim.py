@@ -1,6 +1,7 @@
 """vipra_sim from nothing: scripted trials, tokens, pretraining, finetuning, Scratch, trials, comparison.
 
-    python -m training.sim --out runs/train-sim                (make train-sim)
+    python -m training.sim                                     (make train-sim, one GPU)
+    python -m training.sim --small --ignore-gate               (make train-sim-small, two CPU cores)
     python -m training.sim --only gate                         one step; --minutes 9: at most so long each
 
 Every step is a command a user would type, or says so. What is finished stays; a step that was cut off, by a
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -26,18 +27,16 @@ import yaml
 from config.training import VALIDATION_SHARE
 from training.run import TrainingError, summary
 
-TASK = "stack_cups"
 # Trials of the seen split: none of the seeds that policies are evaluated on (below 100,000).
 VIDEOS = (("stack_cups", 100_000, 0.7), ("pick_place", 120_000, 0.3))  # task, first seed, share
 DEMONSTRATIONS = 200_000  # first seed
 SPARE = 1.2  # trials played for a demonstration: failures are left out
-DEVELOPMENT = (300_000, 20)  # seeds that choose a checkpoint: first, count
-PAIRED = "1000:1200"  # seeds of the comparison with Scratch
-HELD_OUT = "0:50"  # seeds of the trials on the whole stack
+DEVELOPMENT = 300_000  # first of the seeds that choose a checkpoint
+PAIRED = 1000  # first seed of the comparison with Scratch
+HELD_OUT = 0  # first seed of the trials on the whole stack
 LATENCY_MS = 100  # of simulated time for a chunk, in lockstep
 STRIDES = (2, 4)  # of stage 1, frames at 15 Hz
 LABEL_STRIDE = 2  # 14 steps are 1.9 s
-CHECKPOINTS = (0.5, 0.65, 0.8, 1.0)  # of the steps of stage 3, to choose from
 PROBE_STEPS = {"cpu": 3000, "cuda": 4000}  # with 400 not even the pixels' probe finds the cups
 WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}  # pictures were cut when they were drawn
 VARIANTS = {"policy": (), "scratch": (), "bidirectional": ("chunk_attention=bidirectional",)}
@@ -50,12 +49,29 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    recipes: str  # config/training/<stage>_<recipes>.yaml
+    task: str
+    videos: int  # trials without actions
+    demonstrations: int
+    checkpoints: tuple[float, ...]  # shares of the steps of stage 3, to choose from
+    development: int  # trials that choose
+    paired: int  # trials against Scratch
+    held_out: int  # trials on the whole stack
+
+
+FULL = Scale("sim", "stack_cups", 2000, 200, (0.5, 0.65, 0.8, 1.0), 20, 200, 50)
+SMALL = Scale("sim_small", "stack_cups_narrow", 160, 100, (0.5, 1.0), 10, 50, 50)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was asked for. Folders lie in `out`."""
 
     out: Path
-    videos: int
-    demonstrations: int
+    scale: Scale
     size: int | None
     workers: int
     minutes: float | None
@@ -107,9 +123,10 @@ def done(folder: Path) -> bool:
 
 
 def states(plan: Plan) -> None:
+    scale = plan.scale
     for task, first, share in VIDEOS:
-        _play(plan, task, first, round(share * plan.videos), "videos")
-    _play(plan, TASK, DEMONSTRATIONS, round(SPARE * plan.demonstrations), "demonstrations")
+        _play(plan, task, first, round(share * scale.videos), "videos")
+    _play(plan, scale.task, DEMONSTRATIONS, round(SPARE * scale.demonstrations), "demonstrations")
 
 
 def _play(plan: Plan, task: str, first: int, count: int, which: str) -> None:
@@ -123,7 +140,7 @@ def videos(plan: Plan) -> None:
 
 
 def demonstrations(plan: Plan) -> None:
-    _film(plan, "demonstrations", "--actions", "--episodes", plan.demonstrations)
+    _film(plan, "demonstrations", "--actions", "--episodes", plan.scale.demonstrations)
 
 
 def _film(plan: Plan, which: str, *options: object) -> None:
@@ -136,7 +153,8 @@ def train(plan: Plan, stage: str, name: str, *options: object, changes: tuple[st
     if done(plan.out / name):
         return
     place = ["--out", plan.out / name, "--run", plan.out / "runs" / stage]
-    plan.run("vipra_ros.cli", "train", stage, f"{stage}_sim", *place, *options, *plan.sets(stage, *changes))
+    recipe = f"{stage}_{plan.scale.recipes}"
+    plan.run("vipra_ros.cli", "train", stage, recipe, *place, *options, *plan.sets(stage, *changes))
 
 
 def tokenizer(plan: Plan) -> None:
@@ -189,7 +207,7 @@ def labels(plan: Plan) -> None:
     check_gate(plan.out / "gate.json", plan.ignore_gate)
     mixture = plan.out / "label.yaml"
     sets = [{"path": str(plan.out / "videos"), "stride": LABEL_STRIDE}]
-    mixture.write_text(yaml.safe_dump({"datasets": sets}))
+    mixture.write_text(yaml.safe_dump({"datasets": sets, "validation_share": VALIDATION_SHARE}))
     models = ["--latent", plan.out / "latent", "--tokenizer", plan.out / "tokenizer"]
     if not done(plan.out / "labels"):
         plan.run("vipra_ros.cli", "label", "--mixture", mixture, *models, "--out", plan.out / "labels")
@@ -211,7 +229,11 @@ def scratch(plan: Plan) -> None:
 
 
 def bidirectional(plan: Plan) -> None:
-    """Ablation: actions of a chunk see each other."""
+    """Ablation: actions of a chunk see each other. Nothing to do where the policy's already do."""
+    from config.training import load_recipe
+
+    if load_recipe(f"finetune_{plan.scale.recipes}").chunk_attention == "bidirectional":
+        return
     _act(plan, "bidirectional", "--start", plan.out / "pretrained")
 
 
@@ -228,7 +250,7 @@ def _act(plan: Plan, name: str, *options: object) -> None:
             what = [
                 "train",
                 "finetune",
-                "finetune_sim",
+                f"finetune_{plan.scale.recipes}",
                 *place,
                 *options,
                 *changes,
@@ -243,15 +265,14 @@ def checkpoints(plan: Plan) -> list[int]:
     from config.training import load_recipe
 
     asked = [text.partition(".")[2] for text in plan.changes if text.startswith("finetune.")]
-    total = load_recipe("finetune_sim", asked).steps
-    return sorted({max(round(share * total), 1) for share in CHECKPOINTS})
+    total = load_recipe(f"finetune_{plan.scale.recipes}", asked).steps
+    return sorted({max(round(share * total), 1) for share in plan.scale.checkpoints})
 
 
 def choose(plan: Plan) -> None:
     """The checkpoint of each run with the most successes on the development seeds, then the most partial
-    ones, then the earliest.
+    ones, then the latest.
     """
-    first, count = DEVELOPMENT
     for name in VARIANTS:
         folders = [plan.out / "choices" / f"{name}-{steps:06d}" for steps in checkpoints(plan)]
         there = [done(folder) for folder in folders]
@@ -264,11 +285,9 @@ def choose(plan: Plan) -> None:
         rates = []
         for folder in folders:
             report = plan.out / "development" / folder.name
-            _evaluate(plan, folder, f"{first}:{first + count}", report)
+            _evaluate(plan, folder, _seeds(DEVELOPMENT, plan.scale.development), report)
             rates.append(_report(report))
-        best = max(
-            range(len(folders)), key=lambda i: (rates[i]["success_rate"], rates[i]["partial_rate"], -i)
-        )
+        best = max(range(len(folders)), key=lambda i: (rates[i]["success_rate"], rates[i]["partial_rate"], i))
         partial = plan.out / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(folders[best], partial)
@@ -278,7 +297,7 @@ def choose(plan: Plan) -> None:
 def evaluate(plan: Plan) -> None:
     """Paired trials in lockstep, and McNemar's test."""
     for name in ("policy", "scratch"):
-        _evaluate(plan, plan.out / name, PAIRED, plan.out / "evaluation" / name)
+        _evaluate(plan, plan.out / name, _seeds(PAIRED, plan.scale.paired), plan.out / "evaluation" / name)
     folder = plan.out / "evaluation"
     compared = ["--compare", folder / "policy", folder / "scratch"]
     plan.run("vipra_ros.cli", "evaluate", *compared, "--out", folder / "comparison")
@@ -286,13 +305,18 @@ def evaluate(plan: Plan) -> None:
 
 def live(plan: Plan) -> None:
     """The policy on the whole stack, in real time: camera, server, ROS 2, arms; with videos."""
-    what = ["--policy", plan.out / "policy", "--seeds", HELD_OUT, "--out", plan.out / "evaluation" / "live"]
-    plan.run("vipra_ros.cli", "evaluate", TASK, "--live", *what)
+    seeds, out = _seeds(HELD_OUT, plan.scale.held_out), plan.out / "evaluation" / "live"
+    what = ["--policy", plan.out / "policy", "--seeds", seeds, "--out", out]
+    plan.run("vipra_ros.cli", "evaluate", plan.scale.task, "--live", *what)
+
+
+def _seeds(first: int, count: int) -> str:
+    return f"{first}:{first + count}"
 
 
 def _evaluate(plan: Plan, policy: Path, seeds: str, out: Path) -> None:
     what = ["--policy", policy, "--seeds", seeds, "--out", out, "--latency-ms", LATENCY_MS, "--no-video"]
-    plan.run("vipra_ros.cli", "evaluate", TASK, *what)
+    plan.run("vipra_ros.cli", "evaluate", plan.scale.task, *what)
 
 
 def _report(folder: Path) -> dict:
@@ -370,12 +394,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/train-sim"), help="folder of everything")
+    parser.add_argument("--small", action="store_true", help="vipra_sim_small: what two CPU cores can train")
+    parser.add_argument(
+        "--out", type=Path, help="folder of everything; default: runs/train-sim, runs/train-sim-small"
+    )
     parser.add_argument("--only", nargs="+", choices=STEPS, help="these steps; default: all, in this order")
     parser.add_argument("--minutes", type=float, help="most time for one command of a step")
     parser.add_argument("--ignore-gate", action="store_true", help="go on with tokens that fail the gate")
-    parser.add_argument("--videos", type=int, default=2000, help="trials of the actionless videos")
-    parser.add_argument("--demonstrations", type=int, default=200, help="at most 200 for the comparison")
+    parser.add_argument("--videos", type=int, help="trials of the actionless videos")
+    parser.add_argument("--demonstrations", type=int, help="at most 200 for the comparison")
     parser.add_argument(
         "--size", type=int, help="px of the pictures kept; default: the camera's, 96: small enough to carry"
     )
@@ -386,10 +413,13 @@ def main() -> int:
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="e.g. finetune.steps=500"
     )
     given = parser.parse_args()
+    counts = {"videos": given.videos, "demonstrations": given.demonstrations}
+    asked = {key: count for key, count in counts.items() if count is not None}
+    scale = replace(SMALL if given.small else FULL, **asked)
+    out = given.out or Path("runs", f"train-{scale.recipes.replace('_', '-')}")
     plan = Plan(
-        given.out.resolve(), given.videos, given.demonstrations, given.size, given.workers, given.minutes,
-        tuple(given.set), given.ignore_gate,
-    )  # fmt: skip
+        out.resolve(), scale, given.size, given.workers, given.minutes, tuple(given.set), given.ignore_gate
+    )
     plan.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

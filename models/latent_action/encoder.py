@@ -37,10 +37,14 @@ class Encoder(nn.Module):
         """RGB in [0, 1] [B, T, 3, s, s] -> latent actions before quantisation [B, T - 1, codes, code_dim],
         and the ViT's features [B, T, grid * grid, width].
         """
-        config, (batch, frames) = self.config, clip.shape[:2]
-        features = self.vit(clip.flatten(0, 1)).unflatten(0, (batch, frames))
+        features = self.vit(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        return self.actions(features), features
+
+    def actions(self, features: Tensor) -> Tensor:
+        """Of the ViT's features of a clip [B, T, grid * grid, width]."""
+        config = self.config
         bias = self.bias(config.grid)
-        rotation = temporal_rotation(frames, config.head_dim, clip.device)
+        rotation = temporal_rotation(features.shape[1], config.head_dim, features.device)
         x = features
         for block in self.blocks:
             x = block(x, config.grid, bias, rotation)
@@ -48,4 +52,4 @@ class Encoder(nn.Module):
         x = x[:, 1:] - x[:, :-1] if config.deltas else x[:, 1:]
         x = self.project(x).unflatten(2, (config.grid, config.grid)).permute(0, 4, 1, 2, 3)
         x = self.downsample(x)  # [B, code_dim, T - 1, code_grid, code_grid]
-        return x.permute(0, 2, 3, 4, 1).flatten(2, 3), features
+        return x.permute(0, 2, 3, 4, 1).flatten(2, 3)

@@ -4,7 +4,7 @@ Clips are RGB in [0, 1], [B, T, 3, s, s] (`to_clip` makes them), or [B, V, T, 3,
 views. Latent action t belongs to the transition from frame t to frame t + 1.
 
     out = model(clip)                    # training: predictions of frames 1..T-1 through noisy latents
-    codes = encode_labels(model, clip)   # the codes, [B, T - 1, N]
+    codes = encode_labels(model, frames, windows)   # the codes, [B, W - 1, N]
     frames = model.rollout(clip[:, :1], codes)
 """
 
@@ -72,6 +72,15 @@ class LatentActionModel(nn.Module):
         return self.quantizer.nearest(self.encoder(clip)[0])
 
     @torch.no_grad()
+    def window_codes(self, frames: Tensor, windows: Tensor) -> Tensor:
+        """Codes [B, W - 1, N] of clips that overlap: frames [T, 3, s, s], which of them each clip holds
+        [B, W]. The ViT sees every frame once.
+        """
+        self._check(frames[None], 1)
+        features = self.encoder.vit(frames)
+        return self.quantizer.nearest(self.encoder.actions(features[windows]))
+
+    @torch.no_grad()
     def predict(self, frames: Tensor, codes: Tensor) -> Tensor:
         """True frames [B, T, 3, s, s] and codes [B, T, N] -> each frame's successor, [B, T, 3, s, s]."""
         self._check(frames, 1)
@@ -100,8 +109,9 @@ def to_clip(frames: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_labels(model: LatentActionModel, frames: Tensor) -> Tensor:
-    """Codes for stage 2: frames [T, 3, s, s] or [B, T, 3, s, s] -> [T - 1, N] or [B, T - 1, N] int64.
+def encode_labels(model: LatentActionModel, frames: Tensor, windows: Tensor | None = None) -> Tensor:
+    """Codes for stage 2: frames [T, 3, s, s] or [B, T, 3, s, s] -> [T - 1, N] or [B, T - 1, N] int64;
+    with windows [B, W], indices into frames [T, 3, s, s], [B, W - 1, N].
 
     A window o_{t-1}..o_{t+14} of 16 frames (ends repeated where the episode ends) gives 15 transitions; the
     last 14 are z_t..z_{t+13}. The model is used in eval mode, without noise or dropout, and left as it was.
@@ -109,6 +119,8 @@ def encode_labels(model: LatentActionModel, frames: Tensor) -> Tensor:
     training = model.training
     model.eval()
     try:
+        if windows is not None:
+            return model.window_codes(frames, windows)
         return model.codes(frames) if frames.ndim == 5 else model.codes(frames[None])[0]
     finally:
         model.train(training)

@@ -12,7 +12,7 @@ import torch
 from config.loading import root
 from training import gate
 from training.run import TrainingError
-from training.sim import OutOfTime, Plan, check_gate, checkpoints, choose
+from training.sim import FULL, OutOfTime, Plan, check_gate, checkpoints, choose
 
 # MuJoCo's renderer and torch do not share a process.
 SCRIPT = """
@@ -110,7 +110,7 @@ def test_a_failed_gate_stops_unless_told_otherwise(tmp_path: Path, capsys):
 
 
 def test_a_command_ends_with_its_minutes_and_exports_come_in_order(tmp_path):
-    plan = Plan(tmp_path, 10, 5, None, 1, minutes=0.01, changes=("finetune.steps=40",))
+    plan = Plan(tmp_path, FULL, None, 1, minutes=0.01, changes=("finetune.steps=40",))
     with pytest.raises(OutOfTime):
         plan.run("http.server", "0", "--bind", "127.0.0.1")
     assert checkpoints(plan) == [20, 26, 32, 40]

@@ -14,6 +14,8 @@ from simulation.state import SharedState
 from simulation.tasks.trial import make_trial
 from vipra_ros.cameras.source import CameraError, Clock, Frame, Intrinsics, wait_until
 
+ROUNDING_S = 1e-6  # simulated time is told in whole microseconds
+
 
 class SimSource:
     """Pictures at multiples of 1 / `rate_hz` of simulated time. Where rendering falls behind, pictures are
@@ -64,7 +66,7 @@ class SimSource:
         return make_trial(load(Task, task), seed, split).workcell
 
     def grab(self, timeout_s: float) -> Frame | None:
-        if not wait_until(self._clock, self._due * self._period_s, timeout_s):
+        if not wait_until(self._clock, self._due * self._period_s - ROUNDING_S, timeout_s):
             return None
         if self._waited_for:  # the next picture is that of the next moment, however long this one takes
             self._renderer.state.limit((self._due + 1) * self._period_s)

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import av
 import numpy as np
 
 from config.loading import load
 from config.robot import Robot
 from config.task import Task
+from config.workcell import Workcell
 from simulation.tasks.trial import Trial, make_trial
 from vipra_ros.evaluation import operator, smoothness
 from vipra_ros.evaluation import report as reports
@@ -36,6 +38,10 @@ WAITING_S = 2.0  # of the arms' time that a policy may wait, for a lease say, be
 NOT_ITS_DOING = ("no policy server", "the arms node has fallen silent")  # beginnings of a policy's reason
 LATCHED = ("FAULT", "STOPPED", "STOPPING")
 POLL_S = 0.05
+SMOOTHNESS = {
+    "jerk_rms": smoothness.jerk_rms,
+    "spectral_arc_length": smoothness.spectral_arc_length,
+}  # fields of a result, of joints [T, J] at SAMPLE_HZ
 HALT_TRIES = 3
 ALARM = "THE ARMS ARE NOT KNOWN TO BE STOPPED: press the hardware's emergency stop"
 Track = list[tuple[float, np.ndarray]]  # stamp s; [7] rad and the hand's opening, if there is one
@@ -71,9 +77,10 @@ def drive(
     now: Callable[[], float],
 ) -> Session:
     """Until every trial is scored and left, or the keys end. `keys` yields "" while none is pressed."""
-    measured: dict[Key, np.ndarray] = {}
-    shown = None
+    measured: dict[Key, dict[str, float | None]] = {}  # the smoothness of trials
+    shown, fresh = None, True
     for key in keys:
+        fresh = fresh or not key
         if (session.key, session.phase) != shown:
             shown = session.key, session.phase
             tell(prompt(session, trials))
@@ -87,7 +94,9 @@ def drive(
                 session = operator.void(session, reason)
             else:
                 session = operator.faulted(session, reason, now())
-        if key and not (trouble and key in operator.ENTER):  # which was not meant to start the trial again
+        # Pressed before the operator could know of the trouble, or that a start was refused.
+        stale = (trouble and trouble[0] == "void") or (key in operator.ENTER and (trouble or not fresh))
+        if key == operator.SPACE or (key and not stale):
             if session.hint:
                 tell(session.hint)
             session, pressed = operator.press(session, key, now())
@@ -99,7 +108,7 @@ def drive(
                 except rig.errors as error:
                     stop(rig, tell)  # it may have started all the same
                     rig.discard()
-                    session = operator.void(session, f"refused: {error}")
+                    session, fresh = operator.void(session, f"refused: {error}"), False
                 else:
                     session = operator.started(session, now())
             elif do in (Do.STOP, Do.HALT):
@@ -111,16 +120,21 @@ def drive(
             elif do is Do.REOPEN:
                 result = next((r for r in ledger.results() if r.key == session.key), None)
                 ledger.reopen(session.key)
-                session = operator.reopened(session, result) if result else session
+                if result:
+                    smooth = {name: getattr(result, name) for name in SMOOTHNESS}
+                    measured.setdefault(session.key, smooth)
+                    session = operator.reopened(session, result)
             elif do is Do.LEAVE:
                 return session
             elif do is Do.KEEP:
                 _keep(session, trials, ledger, measured)
         if before.phase is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
-            measured[session.key] = rig.save(ledger, session.key)
+            joints = rig.save(ledger, before.key)
+            measured[before.key] = {name: of(joints, SAMPLE_HZ) for name, of in SMOOTHNESS.items()}
         elif before.phase is Phase.RUNNING and session.phase is Phase.SET_UP:
             rig.discard()
-            ledger.void(session.key, reason)
+            ledger.void(before.key, reason)
+            fresh = False
         if session.hint:
             tell(session.hint)
             session = operator.replace(session, hint="")
@@ -149,18 +163,11 @@ def halt(rig: Rig, tell: Callable[[str], None]) -> bool:
     return False
 
 
-def _keep(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, np.ndarray]) -> None:
+def _keep(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, dict]) -> None:
     """Write the result of the trial that `operator.press` has just left."""
     scored = operator.replace(session, at=session.trials.index(session.done[-1]))
     result = scored.result(trials[scored.key].instruction)
-    joints = measured.get(scored.key)
-    if joints is not None:
-        result = operator.replace(
-            result,
-            jerk_rms=smoothness.jerk_rms(joints, SAMPLE_HZ),
-            spectral_arc_length=smoothness.spectral_arc_length(joints, SAMPLE_HZ),
-        )
-    ledger.write(result)
+    ledger.write(operator.replace(result, **measured.get(scored.key, {})))
 
 
 def prompt(session: Session, trials: dict[Key, Trial]) -> str:
@@ -252,12 +259,12 @@ class Listener:
 class GraphRig:
     """The graph that `vipra up` or a launch file started."""
 
-    def __init__(self, monitor, arms: tuple[str, ...]):
+    def __init__(self, monitor, arms: tuple[str, ...], tell: Callable[[str], None] = print):
         from vipra_ros.monitor import CallFailed
 
         self.errors = (CallFailed, EvaluationError)
         self.evaluated: dict = {}  # what of `played` a start insists on
-        self._monitor, self._arms = monitor, arms
+        self._monitor, self._arms, self._tell = monitor, arms, tell
         self._lock = threading.Lock()  # the monitor's thread delivers pictures and joints
         self._film: Video | None = None
         self._filmed_s, self._picture = -np.inf, None
@@ -355,7 +362,11 @@ class GraphRig:
             self._filmed_s = stamp_s
             rgb = np.frombuffer(message.data, np.uint8)
             self._picture = rgb.reshape(message.height, message.width, 3)
-            self._film.add(self._picture, stamp_s)
+            try:
+                self._film.add(self._picture, stamp_s)
+            except (av.FFmpegError, OSError) as error:  # here is the thread that hears the arms
+                self._film = None
+                self._tell(f"this trial's film ends early, the trial goes on: {error}")
 
     def _on_joints(self, track: Track, message) -> None:
         stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
@@ -408,9 +419,9 @@ def run(
     from vipra_ros.monitor import Monitor
     from vipra_ros.process import signals_raise, wait_for
 
-    cell, arms = load(Robot, robot).workcell, tuple(load(Robot, robot).arms)
-    if cell != task.workcell:
-        raise EvaluationError(f"{robot} has workcell {cell}: {task.name} needs one in {task.workcell}")
+    arms, needed = tuple(load(Robot, robot).arms), load(Workcell, task.workcell).arms
+    if set(arms) != set(needed):
+        raise EvaluationError(f"{robot} has arms {', '.join(arms)}: {task.name} is for {', '.join(needed)}")
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
 
     with signals_raise(), Monitor() as monitor:
@@ -433,7 +444,7 @@ def run(
         ledger = Ledger(out, settings)
         done = frozenset(result.key for result in ledger.results())
         session = Session.resume(tuple(wanted), limit_s, done)
-        rig = GraphRig(monitor, arms)
+        rig = GraphRig(monitor, arms, tell)
         rig.evaluated = evaluated
 
         def stop_arms() -> None:
@@ -447,6 +458,7 @@ def run(
                 tell("interrupted: the trial that ran does not count")
             finally:
                 stop(rig, tell)
+                rig.discard()
                 report = reports.write(ledger, settings, [f"Scoring: {task.protocol.scoring}"])
                 tell(f"{reports.in_one_line(report)}; report: {out / 'report.html'}")
     return 0 if session.phase is Phase.DONE else 1

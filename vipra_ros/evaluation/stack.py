@@ -90,7 +90,7 @@ class Cell:
         self.control = enter(contextlib.closing(SimulationControl(self.robot.simulation.name)))
         self.holds = Holds()
         self.monitor.watch_status("arms", self._see)
-        self.rig = GraphRig(self.monitor, tuple(self.robot.arms))
+        self.rig = GraphRig(self.monitor, tuple(self.robot.arms), self._tell)
         return self.clock.now()
 
     def _set_up(self, trial: Trial) -> float:

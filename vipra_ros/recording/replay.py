@@ -87,6 +87,7 @@ class Replayer:
         self._status: ArmsStatus | None = None
         self._heard = -np.inf  # wall time of it
         self._before = ""  # the refusal that stood when the lease was new
+        self._sent: set[int] = set()  # sequence numbers; refusals of others are another commander's
         self._tracks = {arm: Track() for arm in self._arms}
         self._context = rclpy.Context()
         rclpy.init(args=[], context=self._context, signal_handler_options=SignalHandlerOptions.NO)
@@ -144,6 +145,7 @@ class Replayer:
     def _send(self, chunk: Chunk | None, seq: int) -> None:
         from vipra_ros.nodes.messages import parts
 
+        self._sent.add(seq)
         for arm, message in parts(f"{self._lease}:{seq}", chunk, self._arms).items():
             self._commands[arm].publish(message)
 
@@ -157,7 +159,9 @@ class Replayer:
             raise ProcessError(f"the arms stopped: {arms.state}: {arms.reason}")
         if arms.time_s > self._leased_at and arms.lease != self._lease:
             raise ProcessError("the arms gave the lease to another commander, or were started again")
-        if arms.rejected != self._before:
+        seq, _, text = arms.rejected.partition(" ")
+        ours = seq.isdigit() and int(seq) in self._sent and not text.startswith(("lease", "epoch"))
+        if arms.rejected != self._before and ours:
             raise ProcessError(f"the arms refused chunk {arms.rejected}")
 
     def run(self, actions: np.ndarray, rate_hz: float, progress: Callable[[float], None]) -> Replayed:

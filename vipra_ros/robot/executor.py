@@ -292,6 +292,7 @@ class ArmsExecutor:
             side.arm.start()
             now = self._clock.now()
             side.moved_at, side.moved_wall = now, time.monotonic()
+        self._openings = [None] * len(self._sides)  # hands may have been opened by other means since
         for side in self._sides:
             if side.hysteresis is not None:
                 side.hysteresis.reset()

@@ -90,6 +90,16 @@ def test_labels_of_a_16_frame_window_are_15_transitions_of_16_codes():
     assert codes.min() >= 0 and codes.max() < 8 and len(codes.unique()) > 1
 
 
+def test_labels_of_overlapping_windows_look_at_every_frame_once():
+    m, frames = model(), clip(6, 1)[0]
+    windows = torch.tensor([[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 5]])
+    looked = []
+    m.encoder.vit.register_forward_hook(lambda _, inputs, __: looked.append(len(inputs[0])))
+    codes = encode_labels(m, frames, windows)
+    assert looked == [6]
+    assert torch.equal(codes, encode_labels(m, frames[windows]))
+
+
 @torch.no_grad()
 def test_rollout_feeds_predictions_back():
     m, frames = model(), clip(2)

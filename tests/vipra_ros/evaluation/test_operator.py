@@ -4,6 +4,7 @@ import itertools
 import threading
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 from sensor_msgs.msg import JointState
@@ -186,7 +187,7 @@ def test_a_trial_lasts_from_when_the_policy_moved(tmp_path):
 
 def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
     rig = FakeRig({2: ("void", "no policy server: gone"), 5: ("fault", "arms FAULT: reflex")})
-    session, ledger, said = driven(tmp_path, ["\n", "", "", "\n", "", "", "f", "k", "q"], rig, TRIALS[:1])
+    session, ledger, said = driven(tmp_path, ["\n", "", "", "", "\n", "", "", "f", "k", "q"], rig, TRIALS[:1])
     assert session.phase is Phase.DONE
     assert ledger.voids()[0]["reason"] == "no policy server: gone" and "set this trial up again" in said
     (result,) = ledger.results()
@@ -195,8 +196,34 @@ def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
 
 def test_a_refused_start_leaves_the_trial_to_be_set_up_again(tmp_path):
     rig = FakeRig(refuse=1)
-    session, ledger, said = driven(tmp_path, [*"\n\nskq"], rig, TRIALS[:1])
+    session, ledger, said = driven(tmp_path, ["\n", "", *"\nskq"], rig, TRIALS[:1])
     assert "refused: /policy/start" in said and len(ledger.results()) == 1 and session.phase is Phase.DONE
+
+
+def test_an_enter_pressed_while_a_start_was_refused_starts_nothing(tmp_path):
+    rig = FakeRig(refuse=1)
+    session, _, _ = driven(tmp_path, [*"\n\n\n"], rig)
+    assert session.phase is Phase.SET_UP and ("start",) not in {call[:1] for call in rig.calls}
+    session, _, _ = driven(tmp_path, ["\n", "\n", "", "\n"], rig)
+    assert session.phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("key", "uqs")
+def test_a_key_in_the_moment_of_a_void_does_nothing_to_any_trial(tmp_path, key):
+    rig = FakeRig({2: ("void", "no policy server: gone")})
+    session, ledger, _ = driven(tmp_path, [*"\nsk", "\n", key], rig)
+    assert session.key == TRIALS[1] and session.phase is Phase.SET_UP
+    assert [r.key for r in ledger.results()] == [TRIALS[0]] and rig.calls.count("save") == 1
+    assert [Key(v["split"], v["seed"]) for v in ledger.voids()] == [TRIALS[1]]
+
+
+def test_a_trial_scored_again_after_a_resume_keeps_its_smoothness(tmp_path):
+    _, ledger, _ = driven(tmp_path, [*"\nskq"], FakeRig())
+    (before,) = ledger.results()
+    _, ledger, _ = driven(tmp_path, [*"ufkq"], FakeRig())
+    (after_it,) = ledger.results()
+    assert not after_it.success and after_it.jerk_rms == before.jerk_rms > 0
+    assert after_it.spectral_arc_length == before.spectral_arc_length
 
 
 def test_a_policy_that_does_not_stop_has_its_arms_stopped(tmp_path):
@@ -343,6 +370,27 @@ def test_a_server_that_serves_another_checkpoint_starts_no_trial(tmp_path):
     assert monitor.calls == ["/policy/start"]
 
 
+def test_a_film_that_cannot_be_written_ends_alone(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def add(self, *_):
+            raise av.FFmpegError(28, "No space left on device")
+
+    monkeypatch.setattr(live, "Video", Full)
+    monitor, said = FakeMonitor(), []
+    monitor.watch_images = lambda callback: setattr(monitor, "show", callback)
+    rig = GraphRig(monitor, ("left",), said.append)
+    rig.start("stack", tmp_path / "a.mp4")
+    stamp = SimpleNamespace(sec=1, nanosec=0)
+    picture = SimpleNamespace(header=SimpleNamespace(stamp=stamp), data=bytes(12), height=2, width=2)
+    monitor.show(picture)
+    monitor.show(picture)
+    assert len(said) == 1 and "No space left" in said[0] and rig.newest_s == 1.0
+    rig.discard()
+
+
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
     """A rig whose trial runs since 10 s; look(...) 0.1 s after the last is what it makes of the statuses."""
@@ -392,9 +440,11 @@ def test_faults_are_told_from_what_is_not_the_policys_doing(watched):
     assert watched("STOPPED", "the arms node has fallen silent")[0] == "void"
 
 
-def test_a_robot_in_another_workcell_is_refused(tmp_path):
+def test_a_robot_with_other_arms_is_refused(tmp_path):
     task = load(Task, "stack_cups")
-    with pytest.raises(EvaluationError, match="franka_bimanual has workcell bimanual: stack_cups needs"):
+    with pytest.raises(
+        EvaluationError, match="has arms left, right: stack_cups is for right"
+    ):
         live.run(task, "mine", "franka_bimanual", list(TRIALS), 30.0, tmp_path / "a", [], print)
     assert not (tmp_path / "a").exists()
 
