@@ -33,7 +33,7 @@ _EPILOG = """
       50 trials in simulation; interrupted, the same command goes on where it was
   vipra evaluate stack_cups --policy expert --seeds 0:50 --out runs/expert
       what the scripted expert, which sees everything, reaches
-  vipra evaluate stack_cups --live --policy checkpoints/mine --seeds 1000:1050 --split unseen --out runs/mine_live
+  vipra evaluate stack_cups --live --policy checkpoints/mine --seeds 1000:1050 --split unseen --out runs/live
       the same trials on the whole stack in real time; everything is started and stopped
   vipra evaluate --compare runs/mine runs/scratch --out runs/mine_against_scratch
       paired test on the same trials
