@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import JointState
 
 from simulation.check import extremes, violations
 from tests.vipra_ros.conftest import HOMES, HORIZON, RATE
@@ -232,3 +233,18 @@ def test_the_hands_follow_the_chunks_with_hysteresis(cell):
     with cell.acquire().streaming(0.0) as commander:
         cell.wait(lambda: cell.joints["left"].position[7] > 0.9, "the left hand open")
     commander.let_go()
+
+
+def test_after_a_recovery_a_hand_is_told_where_it_is_not_where_it_was_sent(cell):
+    told = []
+    cell.graph.node.create_subscription(
+        JointState, "/right/joint_reference", lambda message: told.append(message.position[7]), 10
+    )
+    with cell.acquire().streaming(0.0, gripper=lambda t: np.full((len(t), 2), 0.5)):
+        cell.wait(lambda: told and told[-1] == 0.5, "the hand's opening as commanded")
+        assert cell.call("stop")[0]
+        cell.wait_state("STOPPED")
+    cell.recover()
+    at = cell.joints["right"].position[7]
+    assert abs(at - 0.5) > 0.1, "half open is neither a wish to open nor one to close"
+    cell.wait(lambda: abs(told[-1] - at) < 0.05, "the hand's opening as measured")
