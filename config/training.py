@@ -58,8 +58,8 @@ class Recipe(Strict):
 
     stage: str
     model: str = Field(
-        description="a size: vipra_tiny, vipra_sim, vipra_100m, vipra_7b; stage latent: laq_tiny, laq_sim, "
-        "laq_base, lapa_tiny, lapa_base, mvp_lam_base"
+        description="a size: vipra_tiny, vipra_sim, vipra_sim_small, vipra_100m, vipra_7b; stage latent: "
+        "laq_tiny, laq_sim, laq_base, lapa_tiny, lapa_base, mvp_lam_base"
     )
     data: Mixture | None = Field(None, description="what to read; the command line's --data replaces it")
     augmentation: Augmentation | None = None

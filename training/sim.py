@@ -63,7 +63,7 @@ class Scale:
 
 
 FULL = Scale("sim", "stack_cups", 2000, 200, (0.5, 0.65, 0.8, 1.0), 20, 200, 50)
-SMALL = Scale("sim_small", "stack_cups_narrow", 160, 100, (1.0,), 10, 50, 50)
+SMALL = Scale("sim_small", "stack_cups_narrow", 160, 100, (1.0,), 10, 50, 20)
 
 
 @dataclass(frozen=True)
