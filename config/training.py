@@ -167,7 +167,10 @@ class PretrainRecipe(Recipe):
     )
     labels: str | None = Field(None, description="folder written by `vipra label`")
     validation_share: float | None = Field(
-        None, ge=0, lt=1, description="of the labelled episodes, held out; null: as the labels' mixture says"
+        None,
+        ge=0,
+        lt=1,
+        description="of the labelled episodes, held out; null: as the labelled mixture, or .1",
     )
     variant: Literal["full", "ac", "sp2", "la"] = Field(
         "full", description="table 2: ac one-step latents, sp2 no future frame, la no latents"

@@ -314,7 +314,7 @@ def build(recipe: PretrainRecipe, ranks: Ranks, run: Run) -> Pretrain:
         stage.prompts(instruction)  # too long a one ends the run here
     share = recipe.validation_share
     if share is None:
-        share = labels.manifest.get("validation_share", VALIDATION_SHARE)
+        share = labels.manifest.get("validation_share") or VALIDATION_SHARE
     out = held_out_episodes(labels.keys, share, labels.manifest.get("keys"))
     if out.all():
         raise TrainingError(
