@@ -18,10 +18,21 @@ READY_S = 120.0  # wall time for a server that was started elsewhere
 
 
 class Server:
-    """`start`, and again when it died; `stop` at the end. `bind`: where to serve, or a free local port."""
+    """`start`, and again when it died; `stop` at the end. `bind`: where to serve, or a free local port.
 
-    def __init__(self, policy: str, embodiment: Embodiment, folder: Path, bind: str | None = None):
+    threads: of torch on the CPU, where a checkpoint folder is served; None: torch's choice, every core.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        embodiment: Embodiment,
+        folder: Path,
+        bind: str | None = None,
+        threads: int | None = None,
+    ):
         self._policy, self._embodiment, self._folder, self._bind = policy, embodiment, folder, bind
+        self._threads = threads
         self._resources = contextlib.ExitStack()
         self._children: list[Child] = []
         self.address = ""
@@ -64,7 +75,7 @@ class Server:
         if not (folder / "config.json").is_file():
             return self._policy
         path = self._folder / "policy.yaml"
-        path.write_text(yaml.safe_dump({"checkpoint": str(folder.resolve())}))
+        path.write_text(yaml.safe_dump({"checkpoint": str(folder.resolve()), "threads": self._threads}))
         return str(path.resolve())
 
     def stop(self) -> None:

@@ -184,7 +184,8 @@ def run(
         slot = reserve_slot()
         stack.callback(slot.release)
         os.environ["ROS_DOMAIN_ID"] = str(slot.domain)  # of this process's own commands too
-        server = Server(which, load(Embodiment, load(Robot, robot).embodiment), out, _address(slot))
+        threads = max(1, (os.cpu_count() or 1) // 2)  # the robot and its camera are simulated on the others
+        server = Server(which, load(Embodiment, load(Robot, robot).embodiment), out, _address(slot), threads)
         stack.callback(server.stop)
         server.start()
         known = {"model": server.metadata.model, "checkpoint": server.metadata.checkpoint}
