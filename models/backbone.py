@@ -86,6 +86,28 @@ def rows(linear: nn.Linear | Fp8Linear, x: Tensor, part: slice) -> Tensor:
     return linear(x, part) if isinstance(linear, Fp8Linear) else F.linear(x, linear.weight[part])
 
 
+class VisionTable(nn.Embedding):
+    """Ids of frames, each N codes and its end, -> embeddings.
+
+    With `vision_positions: grid` each place in a frame adds a vector of its own: RoPE alone tells how far two
+    tokens are apart in the sequence, and from that a small model is slow to learn where in a picture one is.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.vision_vocab, config.hidden)
+        grid = config.vision_positions == "grid"
+        places = nn.Parameter(torch.zeros(config.frame_tokens + 1, config.hidden)) if grid else None
+        self.register_parameter("places", places)
+
+    def forward(self, ids: Tensor, first: int = 0) -> Tensor:
+        """ids [B, n], the first at place `first` of a frame -> [B, n, hidden]."""
+        x = super().forward(ids)
+        if self.places is None:
+            return x
+        end = first + ids.shape[1]
+        return x + self.places.repeat(-(-end // len(self.places)), 1)[first:end]
+
+
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -138,7 +160,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.text_embedding = nn.Embedding(config.text_vocab, config.hidden)
-        self.vision_embedding = nn.Embedding(config.vision_vocab, config.hidden)
+        self.vision_embedding = VisionTable(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.text_head = nn.Linear(config.hidden, config.text_vocab, bias=False) if token_heads else None

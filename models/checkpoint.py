@@ -16,6 +16,7 @@ inverses. `init_checkpoint` writes random weights of any size, one tensor at a t
 
 import hashlib
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def texts(
 def random_tensor(name: str, shape: torch.Size, seed: int, device="cpu") -> Tensor:
     """Initial fp32 weights of the tensor `name`: the same for a name, shape, seed and kind of device.
 
-    Norms 1, biases 0, tables and matrices N(0, .02) (LLaMA), convolutions He (1 / fan-in), codebook uniform.
+    Norms 1, biases 0, tables and matrices N(0, .02) (LLaMA), places in a frame sines, convolutions He (1 /
+    fan-in), codebook uniform.
     """
     generator = torch.Generator(device)
     generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big"))
@@ -134,6 +136,8 @@ def random_tensor(name: str, shape: torch.Size, seed: int, device="cpu") -> Tens
         return torch.zeros(shape, device=device)
     if len(shape) == 1:
         return torch.ones(shape, device=device)
+    if name.endswith("vision_embedding.places"):
+        return _sines(shape).to(device)
     if name == "quantize.embedding.weight":
         return (torch.rand(shape, **kind) * 2 - 1) / shape[0]
     if len(shape) == 4:
@@ -141,6 +145,18 @@ def random_tensor(name: str, shape: torch.Size, seed: int, device="cpu") -> Tens
     if name.startswith("action_encoder."):
         return torch.randn(shape, **kind) * shape[1] ** -0.5
     return torch.randn(shape, **kind) * 0.02
+
+
+def _sines(shape: torch.Size) -> Tensor:
+    """Places of a square frame [N + 1, hidden], its end last: sines and cosines of row and column, as large
+    as a table's rows.
+    """
+    side, quarter = math.isqrt(shape[0] - 1), shape[1] // 4
+    at = torch.arange(side, dtype=torch.float32)[:, None]
+    angle = at * math.pi * torch.logspace(-math.log2(2 * side), 0, quarter, 2)
+    line = torch.cat([angle.sin(), angle.cos()], 1)
+    places = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
+    return 0.02 * math.sqrt(2) * torch.cat([places, torch.zeros(1, 4 * quarter)])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ here, none in the code.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class ModelConfigError(ValueError):
@@ -124,6 +124,9 @@ class ModelConfig:
     action_vocab: int = 0  # ar: largest bin count of a dimension, and the id that ends an action
     activation: str = "silu"  # of E_gamma: silu (official) | gelu (paper table 5)
     dropout: float = 0.0  # official 0, paper 0.1
+    vision_positions: str = (
+        "none"  # none (released weights) | grid: a learned vector for each place in a frame
+    )
     time_embedding: str = "periods"  # official: freq 1e4^(-i/(n-1)) | periods: 4e-3 to 4, resolved in [0, 1]
     chunk_attention: str = "causal"  # between a chunk's actions: causal (official) | bidirectional
     objective: str = "corrected"  # see models.flow; paper_literal is for study only
@@ -159,6 +162,7 @@ class ModelConfig:
         _choice("latent_head", self.latent_head, ("linear", "mlp"))
         _choice("action_heads", self.action_heads, ("flow", "ar", "none"))
         _choice("activation", self.activation, ("silu", "gelu"))
+        _choice("vision_positions", self.vision_positions, ("none", "grid"))
         _choice("time_embedding", self.time_embedding, ("official", "periods"))
         _choice("chunk_attention", self.chunk_attention, ("causal", "bidirectional"))
         _choice("objective", self.objective, ("corrected", "paper_literal"))
@@ -212,7 +216,7 @@ class ModelConfig:
         """The same network for a robot with D = `action_dim` and H = `horizon`; `choices` replace further
         fields.
         """
-        return dataclasses.replace(self, action_dim=action_dim, horizon=horizon, **choices)
+        return replace(self, action_dim=action_dim, horizon=horizon, **choices)
 
     def to_dict(self) -> dict:
         """Plain data for config.json; `from_dict` undoes it."""
@@ -226,7 +230,7 @@ class ModelConfig:
 
         Raises ModelConfigError.
         """
-        newer = {"action_vocab": 0, "future_frame": False}
+        newer = {"action_vocab": 0, "future_frame": False, "vision_positions": "none"}
         return _from_dict(cls, newer | data if isinstance(data, dict) else data, "model")
 
 
@@ -258,8 +262,9 @@ SIZES = {
         vqgan=_SIM_FRAMES,
         max_positions=640,
         rope_theta=1e4,
+        vision_positions="grid",
     ),
-    # The same pictures and tokens, a quarter of the arithmetic: 1.2M parameters, for CPUs.
+    # The same pictures, half the arithmetic for tokens, a quarter for the rest: 1.2M parameters, for CPUs.
     "vipra_sim_small": ModelConfig(
         name="vipra_sim_small",
         hidden=128,
@@ -268,9 +273,10 @@ SIZES = {
         heads=4,
         text_vocab=512,
         vision_vocab=1026,
-        vqgan=_SIM_FRAMES,
+        vqgan=replace(_SIM_FRAMES, blocks_per_level=1),
         max_positions=640,
         rope_theta=1e4,
+        vision_positions="grid",
     ),
     # Sequence lengths of the 7B model at a size that a CPU can time.
     "vipra_100m": ModelConfig(

@@ -102,14 +102,14 @@ class Rows:
         before: embeddings [B, n, hidden] not fed yet. Returns codes [B, len(counts)] and the embeddings then
         not fed yet: of the last code and of `end`.
         """
-        table, head = self.policy.table(kind), self.policy.token_head(kind)
+        embed, head = self.policy.embed, self.policy.token_head(kind)
         chosen = []
-        for count in counts:
+        for place, count in enumerate(counts):
             code = choose(head(self.feed(before)), count, self.sampling)
             self.on_code()
             chosen.append(code)
-            before = table(code[:, None])
-        closing = table(torch.full_like(chosen[-1][:, None], end))
+            before = embed(kind, code[:, None], place)
+        closing = embed(kind, torch.full_like(chosen[-1][:, None], end), len(counts))
         return torch.stack(chosen, 1), torch.cat([before, closing], 1)
 
 
@@ -184,9 +184,9 @@ def imagine(
     slots = max(prefix.length for prefix in prefixes) + tokens
     cache = KVCache(config, len(texts), slots, policy.device, policy.dtype)
     rows = Rows(policy, prefixes, cache, tokens, sampling, on_code)
-    bridge = policy.table("text")(torch.tensor(choice.bridge, device=codes.device))
+    bridge = policy.embed("text", torch.tensor(choice.bridge, device=codes.device))
 
-    before = policy.table("vision")(sequence.vision_ids(config, codes, more=choice.future))
+    before = policy.embed("vision", sequence.vision_ids(config, codes, more=choice.future))
     future, steps = None, []
     if choice.future:
         counts = [config.vqgan.codebook_size] * config.frame_tokens

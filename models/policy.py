@@ -268,15 +268,18 @@ class Policy(nn.Module):
 
     # tokens: pretraining (stage 2) and discrete actions (ViPRA-AR)
 
-    def table(self, kind: str) -> nn.Embedding:
-        """What embeds the ids of a `sequence.Segment`'s kind."""
+    def embed(self, kind: str, ids: Tensor, first: int = 0) -> Tensor:
+        """Ids [B, n] of a `sequence.Segment`'s kind -> [B, n, hidden]; first: place in its frame of a vision
+        segment's first id.
+        """
         backbone = self.backbone
+        if kind == "vision":
+            return backbone.vision_embedding(ids, first)
         return {
             "text": backbone.text_embedding,
-            "vision": backbone.vision_embedding,
             "latent": self.latent_embedding,
             "action": self.action_embedding,
-        }[kind]
+        }[kind](ids)
 
     def token_head(self, kind: str) -> nn.Module:
         """What turns a hidden state into logits over the ids of a kind."""
@@ -299,7 +302,7 @@ class Policy(nn.Module):
         widths = [segment.ids.shape[1] for segment in segments]
         layout = sequence.token_layout(max(map(len, texts)), sum(widths))
         ids, lengths = sequence.pad_left(texts, layout.text_slots, segments[0].ids.device)
-        embedded = [self.table(segment.kind)(segment.ids) for segment in segments]
+        embedded = [self.embed(segment.kind, segment.ids) for segment in segments]
         x = torch.cat([self.backbone.text_embedding(ids), *embedded], 1)
         places = sequence.positions(lengths, layout)
         if pack is None:

@@ -83,9 +83,10 @@ def test_cached_actions_equal_recomputing_every_token(monkeypatch):
     assert len(torch.unique(ids[:, :, 0])) > 1 and not torch.equal(ids[0], ids[1])
 
 
+@pytest.mark.parametrize("vision_positions", ["none", "grid"])
 @pytest.mark.parametrize("choice", VARIANTS, ids=["full", "sp2", "la", "ac"])
-def test_cached_imagination_equals_recomputing_every_token(monkeypatch, choice):
-    policy, codes = make(), frames()
+def test_cached_imagination_equals_recomputing_every_token(monkeypatch, choice, vision_positions):
+    policy, codes = make(vision_positions=vision_positions), frames()
     seen = recording(monkeypatch)
     counted = []
     found = decode.imagine(policy, TEXTS, codes, choice, on_code=lambda: counted.append(1))

@@ -17,6 +17,7 @@ CHOICES = [
     {"time_embedding": "official", "activation": "gelu"},
     {"rope_precision": "bf16"},
     {"objective": "paper_literal"},
+    {"vision_positions": "grid"},
 ]
 
 
@@ -66,10 +67,11 @@ def numpy_chunk(policy: Policy, text: list[int], codes: np.ndarray, noise: np.nd
     c = policy.config
     w = {name: tensor.double().numpy() for name, tensor in policy.state_dict().items()}
     vision = [*codes[0], c.end_of_frame, *codes[1], c.end_of_vision]
+    places = np.tile(w.get("backbone.vision_embedding.places", np.zeros((17, 1))), (2, 1))
     prefix = np.concatenate(
         [
             w["backbone.text_embedding.weight"][text],
-            w["backbone.vision_embedding.weight"][vision],
+            w["backbone.vision_embedding.weight"][vision] + places,
             w["backbone.text_embedding.weight"][BRIDGE],
         ]
     )
@@ -118,8 +120,9 @@ def numpy_chunk(policy: Policy, text: list[int], codes: np.ndarray, noise: np.nd
     return u
 
 
-def test_sampler_equals_an_independent_one_in_plain_numpy():
-    policy, (codes, noise) = make(), scene()
+@pytest.mark.parametrize("vision_positions", ["none", "grid"])
+def test_sampler_equals_an_independent_one_in_plain_numpy(vision_positions):
+    policy, (codes, noise) = make(vision_positions=vision_positions), scene()
     chunks = sample(policy, range(3), codes, noise)
     for i in range(3):
         wanted = numpy_chunk(policy, TEXTS[i], codes[i].numpy(), noise[i].numpy())
