@@ -203,7 +203,7 @@ class Finetune(Stage):
         unused += [] if future else ["backbone.vision_head"]
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(unused)))
-        source, self.fresh = weights_source(self.config, self.start, recipe.seed)
+        source, self.fresh = weights_source(self.config, self.start, self.frames, recipe.seed)
         if recipe.lora:
             source = lora.attach(policy, recipe.lora, source, recipe.seed, recipe.precision)
         bridge = sequence.encode_bridge(self.frames.tokenizer)

@@ -193,7 +193,7 @@ class Pretrain(Stage):
             raise TrainingError(f"pack: {recipe.pack} is less than one sequence can have, {longest} tokens")
 
     def _source(self, recipe: PretrainRecipe):
-        source, fresh = weights_source(self.config, self.start, recipe.seed)
+        source, fresh = weights_source(self.config, self.start, self.frames, recipe.seed)
         return (lambda name: source(name.removeprefix("policy."))), fresh
 
     def samples(self) -> Rows:

@@ -31,6 +31,11 @@ class Start:
         with safe_open(self.tensors[name], framework="pt", device="cpu") as file:
             return file.get_tensor(name)
 
+    def codebook(self) -> Tensor:
+        """Of the frame tokenizer, fp32 [codes, z]."""
+        with safe_open(self.path / "vqgan.safetensors", framework="pt", device="cpu") as file:
+            return file.get_tensor("quantize.embedding.weight").float()
+
     def vqgan(self, device: torch.device | str = "cpu") -> VQGAN:
         """The frozen frame tokenizer, fp32."""
         model = VQGAN(self.config.vqgan)
@@ -112,19 +117,25 @@ def _codes(vqgan: VQGANConfig) -> tuple[int, int, int]:
 
 
 def weights_source(
-    config: ModelConfig, start: Start | None, seed: int
+    config: ModelConfig, start: Start | None, frames: Start, seed: int
 ) -> tuple[Callable[[str], Tensor], list[str]]:
     """`source(name)` for the parameters of Policy(config), and the names that begin random.
 
-    A tensor of `start` is taken when its shape fits; heads of another action size begin anew.
+    A tensor of `start` is taken when its shape fits; heads of another action size begin anew. A new vision
+    table begins as a random projection of the codebook of `frames`: codes that look alike begin alike.
     """
     shapes = checkpoint.parameter_shapes(Policy, config)
     known = checkpoint.parameter_shapes(Policy, start.config) if start else {}
     fresh = [name for name, shape in shapes.items() if known.get(name) != shape]
 
     def source(name: str) -> Tensor:
-        if name in fresh or start is None:
-            return checkpoint.random_tensor(name, shapes[name], seed)
-        return start.tensor(name)
+        if name not in fresh and start is not None:
+            return start.tensor(name)
+        tensor = checkpoint.random_tensor(name, shapes[name], seed)
+        if name == "backbone.vision_embedding.weight":
+            codes = frames.codebook()
+            tensor[: len(codes)] = (codes - codes.mean(0)) / codes.std() @ tensor[: codes.shape[1]]
+            tensor[: len(codes)] /= codes.shape[1] ** 0.5
+        return tensor
 
     return source, fresh

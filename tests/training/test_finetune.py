@@ -451,3 +451,16 @@ def test_recipes_that_ship_are_valid_and_mistakes_are_named():
     with pytest.raises(ConfigError, match="global_batch 24 is not a multiple of micro_batch 7"):
         load_recipe("finetune_tiny", ["micro_batch=7"])
     assert load_recipe("finetune_tiny", ["optimizer.learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
+
+
+def test_a_new_vision_table_keeps_the_codebooks_distances(frame_tokenizer):
+    frames = start.open_start(frame_tokenizer)
+    source, fresh = start.weights_source(SMALL, None, frames, 0)
+    table = source("backbone.vision_embedding.weight")[: VQ.codebook_size]
+    codes = frames.codebook()
+    assert "backbone.vision_embedding.weight" in fresh and 0.01 < table.std() < 0.04
+    near, far = torch.pdist(codes), torch.pdist(table)
+    assert torch.corrcoef(torch.stack([near, far]))[0, 1] > 0.8
+    again, _ = start.weights_source(SMALL, frames, frames, 0)
+    known = frames.tensor("backbone.vision_embedding.weight")
+    assert torch.equal(again("backbone.vision_embedding.weight"), known), "what was trained stays"
