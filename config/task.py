@@ -73,6 +73,13 @@ class Task(Strict):
         "the first one is for evaluation",
     )
     objects: tuple[TaskObject, ...] = Field(min_length=1)
+    expert_yaw_rad: float = Field(
+        0.35,
+        ge=0,
+        le=1.2,
+        description="the scripted expert turns its grasps by up to so much; 0 where the "
+        "object is round and the camera too far to see the turn",
+    )
     clearance_m: float = Field(0.12, gt=0, description="least distance between two objects' centres")
     seen: Split
     unseen: Split

@@ -61,11 +61,11 @@ class Style:
     settle_m: float  # above the final height before opening
 
     @classmethod
-    def draw(cls, random: np.random.Generator) -> "Style":
+    def draw(cls, random: np.random.Generator, yaw_rad: float) -> "Style":
         return cls(
             speed_m_s=random.uniform(0.22, 0.34),
             approach_m=random.uniform(0.07, 0.12),
-            yaw_rad=random.uniform(-0.35, 0.35),
+            yaw_rad=random.uniform(-yaw_rad, yaw_rad),
             carry_m=random.uniform(0.0, 0.04),
             settle_m=random.uniform(0.003, 0.008),
         )
@@ -111,7 +111,8 @@ def pick_and_put(
 
     With a `scene` it waits above the target until that is held, and keeps to the side away from the holder.
     """
-    task, style = world.trial.task, Style.draw(random)
+    task = world.trial.task
+    style = Style.draw(random, task.expert_yaw_rad)
     moved, target, arm = task.named("moved"), task.named("target"), task.arm
     table = world.trial.workcell.table.centre_xyz[2]
     fast, slow = style.speed_m_s, 0.6 * style.speed_m_s
@@ -155,7 +156,8 @@ def cover(world: World, rate_hz: float, random: np.random.Generator) -> Iterator
 
     Ends when the knob came to lie over the target, or after `TRIES` grasps.
     """
-    task, style = world.trial.task, Style.draw(random)
+    task = world.trial.task
+    style = Style.draw(random, task.expert_yaw_rad)
     moved, target, arm = task.named("moved"), task.named("target"), task.arm
     props = {prop.name: prop for prop in world.trial.workcell.props}
     height = float(top_points(props[target].kind)[0, 2])
@@ -192,7 +194,8 @@ def hold_bowl(world: World, rate_hz: float, random: np.random.Generator, scene: 
 
     The hand leans outwards, which leaves the other one room above the bowl.
     """
-    task, style = world.trial.task, Style.draw(random)
+    task = world.trial.task
+    style = Style.draw(random, task.expert_yaw_rad)
     arm, bowl = task.holder, task.named("target")
 
     def rim() -> Pose:
