@@ -45,7 +45,7 @@ def frames(size: int, seed: int) -> np.ndarray:
 def actions(engine: Engine, count: int) -> torch.Tensor:
     """Normalised actions [count, H, D] of `count` different requests."""
     size, normalizer = engine.config.vqgan.image_size, engine.normalizer
-    state = np.asarray(normalizer.centre, np.float32) if normalizer.needs_state else None
+    state = np.zeros(len(normalizer.names), np.float32) if normalizer.needs_state else None
     chunks = [engine.infer([Request(frames(size, i), "1", i, state)])[0].actions for i in range(count)]
     states = None if state is None else np.tile(state, (count, 1))
     return torch.from_numpy(normalizer.normalize(np.stack(chunks), states))

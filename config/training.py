@@ -209,6 +209,9 @@ class FinetuneRecipe(Recipe):
     bins: int = Field(255, ge=2, le=4096, description="quantile bins a dimension (ar)")
     representation: Literal["absolute", "relative"] = "absolute"
     normalization: Literal["mean_std", "quantile"] = "mean_std"
+    normalize_each_action: bool = Field(
+        False, description="statistics of each action of a chunk: relative ones move further at its end"
+    )
     chunk_attention: Literal["causal", "bidirectional"] = "causal"
     dropout: Probability = 0.0
     activation: Literal["silu", "gelu"] = "silu"

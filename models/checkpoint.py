@@ -243,6 +243,10 @@ def check_parts(
         raise CheckpointError(
             f"normalization is for {normalizer.representation} joints, the model for {config.representation}"
         )
+    if normalizer is not None and normalizer.horizon not in (None, config.horizon):
+        raise CheckpointError(
+            f"normalization is of {normalizer.horizon} actions a chunk, the model has {config.horizon}"
+        )
     if bins is not None and bins.names != normalizer.names:
         raise CheckpointError(f"bins are of {bins.names}, normalization of {normalizer.names}")
     if bins is not None and bins.vocab > config.action_vocab:

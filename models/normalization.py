@@ -3,8 +3,9 @@ checkpoint.
 
 Joints are in rad, absolute or relative to the state at t_obs (a_i - q(t_obs)); translations and rotations are
 steps, m and rad an action (config.embodiment), and stay as they are; grippers are openings 0 (closed) to 1
-(open), always absolute, mapped to [-1, 1]. Everything is `centre + scale * x` per dimension;
-numpy, float64 inside.
+(open), always absolute, mapped to [-1, 1]. Everything is `centre + scale * x` per dimension, or per dimension
+and action of the chunk: relative joints move little at its start and far at its end, and with numbers of
+their own the first ones, which are played, are not lost in the last ones' spread. numpy, float64 inside.
 """
 
 import json
@@ -22,6 +23,9 @@ class NormalizationError(ValueError):
     """Statistics or arrays do not fit; the message names what and how."""
 
 
+Statistics = tuple[float, ...] | tuple[tuple[float, ...], ...]  # [D], or of each action of a chunk [H, D]
+
+
 @dataclass(frozen=True)
 class Normalizer:
     """Statistics of D dimensions. Raises NormalizationError for inconsistent or non-finite numbers."""
@@ -30,8 +34,8 @@ class Normalizer:
     kinds: tuple[str, ...]  # of KINDS
     representation: str  # absolute | relative
     method: str  # mean_std | quantile
-    centre: tuple[float, ...]
-    scale: tuple[float, ...]
+    centre: Statistics
+    scale: Statistics
     low: tuple[float, ...]  # demonstrated range, absolute
     high: tuple[float, ...]
     margin: float = 0.05  # of the demonstrated range, allowed beyond it (at least MARGIN_FLOOR)
@@ -51,15 +55,24 @@ class Normalizer:
         if self.needs_state and not set(self.kinds) <= {"joint", "gripper"}:
             raise NormalizationError("end-effector steps are relative already: use representation absolute")
         for key in ("centre", "scale", "low", "high"):
-            values = getattr(self, key)
-            if len(values) != d or not np.isfinite(np.asarray(values, float)).all():
-                raise NormalizationError(f"{key} must hold {d} finite numbers, got {values}")
-        if min(self.scale) <= 0:
+            values = _numbers(key, getattr(self, key))
+            if values.shape[-1:] != (d,) or not np.isfinite(values).all():
+                raise NormalizationError(f"{key} must hold {d} finite numbers, got {getattr(self, key)}")
+        if np.ndim(self.low) != 1 or np.ndim(self.high) != 1:
+            raise NormalizationError(f"low and high must hold {d} numbers each")
+        if np.shape(self.centre) != np.shape(self.scale) or np.ndim(self.scale) > 2:
+            raise NormalizationError("centre and scale must both be [D], or [H, D]")
+        if np.min(self.scale) <= 0:
             raise NormalizationError(f"scale must be positive, got {self.scale}")
         if np.any(np.asarray(self.low) > np.asarray(self.high)):
             raise NormalizationError(f"low {self.low} exceeds high {self.high}")
         if not (np.isfinite(self.margin) and self.margin >= 0):
             raise NormalizationError(f"margin {self.margin} must be finite and not negative")
+
+    @property
+    def horizon(self) -> int | None:
+        """H, where each action of a chunk has its own statistics."""
+        return len(self.scale) if np.ndim(self.scale) == 2 else None
 
     @property
     def gripper(self) -> np.ndarray:
@@ -84,6 +97,8 @@ class Normalizer:
             raise NormalizationError(
                 f"actions must be [..., H, {len(self.names)}], got {list(actions.shape)}"
             )
+        if self.horizon not in (None, actions.shape[-2]):
+            raise NormalizationError(f"a chunk has {self.horizon} actions, got {actions.shape[-2]}")
         if not self.needs_state:
             return 0.0
         if state is None:
@@ -121,13 +136,22 @@ class Normalizer:
         if not isinstance(data, dict) or set(data) != keys:
             raise NormalizationError(f"normalization must hold exactly {sorted(keys)}")
         try:
-            return cls(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-            )
+            return cls(**{key: _tuple(value) for key, value in data.items()})
         except NormalizationError:
             raise
         except (TypeError, ValueError) as error:
             raise NormalizationError(f"normalization holds a wrong type: {error}") from error
+
+
+def _tuple(value):
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+
+
+def _numbers(key: str, values: Statistics) -> np.ndarray:
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise NormalizationError(f"{key} holds a wrong type: {error}") from error
 
 
 def fit(
@@ -138,8 +162,11 @@ def fit(
     method: str = "mean_std",
     ranges: float | np.ndarray = JOINT_RANGE,
     margin: float = 0.05,
+    each_action: bool = False,
 ) -> Normalizer:
     """Statistics of demonstrated chunks [n, H, D]; with `states` [n, D] joints become relative to them.
+
+    each_action: of every action of a chunk, instead of all together.
 
     method mean_std, or quantile (1st and 99th percentile to -1 and 1). ranges: width [D] of what each
     dimension may be, in its unit; JOINT_RANGE where it is not finite.
@@ -154,10 +181,11 @@ def fit(
         raise NormalizationError(f"chunks must be finite [n, H, {len(names)}], got {list(chunks.shape)}")
     gripper = np.array([kind == "gripper" for kind in kinds])
     absolute = chunks.reshape(-1, len(names))
-    values = absolute
+    values = chunks
     if states is not None:
-        offset = np.where(gripper, 0.0, np.asarray(states, float))
-        values = (chunks - offset[:, None]).reshape(-1, len(names))
+        values = chunks - np.where(gripper, 0.0, np.asarray(states, float))[:, None]
+    if not each_action:
+        values = values.reshape(-1, len(names))
     if method == "quantile":
         low, high = np.quantile(values, [0.01, 0.99], axis=0)
         centre, scale = (low + high) / 2, (high - low) / 2
@@ -170,8 +198,8 @@ def fit(
         kinds=tuple(kinds),
         representation="absolute" if states is None else "relative",
         method=method,
-        centre=tuple(np.where(gripper, 0.5, centre).tolist()),
-        scale=tuple(np.where(gripper, 0.5, scale).tolist()),
+        centre=_tuple(np.where(gripper, 0.5, centre).tolist()),
+        scale=_tuple(np.where(gripper, 0.5, scale).tolist()),
         low=tuple(np.where(gripper, 0.0, absolute.min(0)).tolist()),
         high=tuple(np.where(gripper, 1.0, absolute.max(0)).tolist()),
         margin=margin,

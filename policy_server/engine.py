@@ -179,7 +179,7 @@ class Engine:
         """
         size, state, task = self.config.vqgan.image_size, None, "warm up"
         if self.normalizer.needs_state:
-            state = np.asarray(self.normalizer.centre, np.float32) * 0
+            state = np.zeros(len(self.normalizer.names), np.float32)
         request = Request(np.zeros((2, size, size, 3), np.uint8), task, 0, state)
         stage, batches = "capturing graphs", self.runner.batches[::-1]
         if not self.runner.graphs.enabled:

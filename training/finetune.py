@@ -171,8 +171,9 @@ class Finetune(Stage):
         chunks, states = np.stack([c for c, _ in cuts]), np.stack([s for _, s in cuts])
         relative, (low, high) = recipe.representation == "relative", np.array(robot.limits)
         self.normalizer = normalization.fit(
-            chunks, robot.names, kinds, states if relative else None, recipe.normalization, high - low
-        )
+            chunks, robot.names, kinds, states if relative else None, recipe.normalization, high - low,
+            each_action=recipe.normalize_each_action,
+        )  # fmt: skip
         if recipe.head == "ar":
             raw = np.concatenate([e.actions for e in train.episodes.values()])
             self.action_bins = discrete.fit(raw, robot.names, kinds, recipe.bins)

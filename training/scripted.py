@@ -36,6 +36,7 @@ from simulation.lockstep import Lockstep
 from simulation.tasks.trial import Trial, make_trial
 from training.seen import ABSENT, NAMES, PLACES
 
+CRF = 18  # of H.264: little noise, since the policy's camera sends raw pictures
 SHARD = 25  # episodes of a file of states
 START_SPREAD_RAD = 0.08  # of the first configuration about home
 DISTURBED = 0.5  # of the trials
@@ -256,7 +257,7 @@ def film(
     actions: bool = False,
     episodes: int | None = None,
     size: int | None = None,
-    crf: int = 23,
+    crf: int = CRF,
     workers: int = 2,
 ) -> int:
     """A LeRobotDataset of the trials in `states`; goes on where it was. Returns its episodes.
@@ -312,7 +313,7 @@ def main() -> None:
     other.add_argument("--actions", action="store_true", help="successes only, with state and action")
     other.add_argument("--episodes", type=int, help="at most so many")
     other.add_argument("--size", type=int, help="px, square; default: the camera's resolution")
-    other.add_argument("--crf", type=int, default=23, help="H.264 quality, lower is better")
+    other.add_argument("--crf", type=int, default=CRF, help="H.264 quality, lower is better")
     other.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "vipra_ros", help="meshes")
     given = parser.parse_args()
     if given.what == "play":

@@ -27,9 +27,9 @@ import yaml
 from config.training import VALIDATION_SHARE
 from training.run import TrainingError, summary
 
-# Trials of the seen split: none of the seeds that policies are evaluated on (below 100,000).
-VIDEOS = (("stack_cups", 100_000, 0.7), ("pick_place", 120_000, 0.3))  # task, first seed, share
-DEMONSTRATIONS = 200_000  # first seed
+# First seeds of trials of the seen split: none that policies are evaluated on (below 100,000).
+VIDEOS, MORE_VIDEOS = 100_000, 120_000
+DEMONSTRATIONS = 200_000
 SPARE = 1.2  # trials played for a demonstration: failures are left out
 DEVELOPMENT = 300_000  # first of the seeds that choose a checkpoint
 PAIRED = 1000  # first seed of the comparison with Scratch
@@ -54,7 +54,7 @@ class Scale:
 
     recipes: str  # config/training/<stage>_<recipes>.yaml
     task: str
-    videos: int  # trials without actions
+    videos: tuple[tuple[str, int, int], ...]  # trials without actions: task, first seed, how many
     demonstrations: int
     checkpoints: tuple[float, ...]  # shares of the steps of stage 3, to choose from
     development: int  # trials that choose
@@ -62,8 +62,26 @@ class Scale:
     held_out: int  # trials on the whole stack
 
 
-FULL = Scale("sim", "stack_cups", 2000, 200, (0.5, 0.65, 0.8, 1.0), 20, 200, 50)
-SMALL = Scale("sim_small", "stack_cups_narrow", 160, 100, (1.0,), 10, 50, 20)
+FULL = Scale(
+    recipes="sim",
+    task="stack_cups",
+    videos=(("stack_cups", VIDEOS, 1400), ("pick_place", MORE_VIDEOS, 600)),
+    demonstrations=200,
+    checkpoints=(0.5, 0.65, 0.8, 1.0),
+    development=20,
+    paired=200,
+    held_out=50,
+)
+SMALL = Scale(
+    recipes="sim_small",
+    task="stack_cups_narrow",
+    videos=(("stack_cups_narrow", VIDEOS, 125), ("pick_place", MORE_VIDEOS, 50)),
+    demonstrations=200,
+    checkpoints=(1.0,),
+    development=10,
+    paired=50,
+    held_out=20,
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +142,8 @@ def done(folder: Path) -> bool:
 
 def states(plan: Plan) -> None:
     scale = plan.scale
-    for task, first, share in VIDEOS:
-        _play(plan, task, first, round(share * scale.videos), "videos")
+    for task, first, count in scale.videos:
+        _play(plan, task, first, count, "videos")
     _play(plan, scale.task, DEMONSTRATIONS, round(SPARE * scale.demonstrations), "demonstrations")
 
 
@@ -390,6 +408,12 @@ STEPS: dict[str, Callable[[Plan], None]] = {
 }
 
 
+def _shared(videos: tuple[tuple[str, int, int], ...], count: int) -> tuple[tuple[str, int, int], ...]:
+    """About `count` videos in the same proportion."""
+    total = sum(n for _, _, n in videos)
+    return tuple((task, first, round(count * n / total)) for task, first, n in videos)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -413,9 +437,11 @@ def main() -> int:
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="e.g. finetune.steps=500"
     )
     given = parser.parse_args()
-    counts = {"videos": given.videos, "demonstrations": given.demonstrations}
-    asked = {key: count for key, count in counts.items() if count is not None}
-    scale = replace(SMALL if given.small else FULL, **asked)
+    scale = SMALL if given.small else FULL
+    if given.videos is not None:
+        scale = replace(scale, videos=_shared(scale.videos, given.videos))
+    if given.demonstrations is not None:
+        scale = replace(scale, demonstrations=given.demonstrations)
     out = given.out or Path("runs", f"train-{scale.recipes.replace('_', '-')}")
     plan = Plan(
         out.resolve(), scale, given.size, given.workers, given.minutes, tuple(given.set), given.ignore_gate

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -135,3 +136,22 @@ def test_wrong_shapes_and_missing_states_are_refused():
         fit(np.full((2, 14, 4), np.inf), NAMES, KINDS)
     with pytest.raises(NormalizationError, match="not JSON"):
         Normalizer.from_json("{")
+
+
+def test_each_action_of_a_chunk_may_have_its_own_statistics():
+    random = np.random.default_rng(0)
+    states = random.normal(size=(200, 2))
+    steps = np.arange(1, 5)[:, None] * random.normal(size=(200, 1, 2)) * 0.1
+    chunks = np.stack([states[:, None, 0] + steps[..., 0], random.integers(2, size=(200, 4))], -1)
+    normalizer = fit(chunks, ("a", "hand"), ("joint", "gripper"), states, each_action=True)
+    x = normalizer.normalize(chunks, states)
+    np.testing.assert_allclose(x[..., 0].std(0), 1, atol=1e-3)
+    assert set(np.unique(x[..., 1])) == {-1, 1}
+    np.testing.assert_allclose(normalizer.denormalize(x, states), chunks, atol=1e-5)
+    again = Normalizer.from_json(normalizer.to_json())
+    assert again == normalizer and again.horizon == 4 and again.scale[3][0] > 3 * again.scale[0][0]
+    with pytest.raises(NormalizationError, match="4 actions, got 3"):
+        normalizer.normalize(chunks[:, :3], states)
+    for scale in ((again.scale[0],) * 3, again.scale[0], ((1.0,),) * 4, ((1.0, 1.0), (1.0,))):
+        with pytest.raises(NormalizationError):
+            dataclasses.replace(again, scale=scale)

@@ -386,7 +386,7 @@ def test_shipped_policy_files_are_valid_and_shipped_checkpoints_load(path):
         pytest.skip(f"{policy.checkpoint} is not part of this checkout")
     engine = Engine.from_policy(policy)
     size = engine.metadata.image_size
-    state = np.asarray(engine.normalizer.centre, np.float32) if engine.metadata.needs_state else None
+    state = np.zeros(len(engine.normalizer.names), np.float32) if engine.metadata.needs_state else None
     (result,) = engine.infer([Request(np.zeros((2, *size, 3), np.uint8), TASK, 0, state)])
     assert np.isfinite(result.actions).all()
 
