@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a stage. A RECIPE is a file in config/training or a path; `--set key=value` changes it; the "
     "same command with --run FOLDER continues an interrupted run. Many GPUs: torchrun --nproc-per-node 8 "
-    "--no-python vipra train ... (docs/cluster.md).",
+    "--no-python -- vipra train ... (docs/cluster.md).",
 )
 
 

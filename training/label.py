@@ -198,7 +198,7 @@ def command(
     vipra label --data VIDEOS --latent checkpoints/latent --tokenizer checkpoints/tokenizer --out labels
 
     Run it again after an interruption: it goes on, to the same bytes. Many GPUs: torchrun
-    --nproc-per-node 8 --no-python vipra label ...
+    --nproc-per-node 8 --no-python -- vipra label ...
     """
     if (data is None) == (mixture is None):
         raise TrainingError("give --data FOLDER or --mixture FILE")

@@ -408,7 +408,7 @@ STEPS: dict[str, Callable[[Plan], None]] = {
 }
 
 
-def _shared(videos: tuple[tuple[str, int, int], ...], count: int) -> tuple[tuple[str, int, int], ...]:
+def shared(videos: tuple[tuple[str, int, int], ...], count: int) -> tuple[tuple[str, int, int], ...]:
     """About `count` videos in the same proportion."""
     total = sum(n for _, _, n in videos)
     return tuple((task, first, round(count * n / total)) for task, first, n in videos)
@@ -439,7 +439,7 @@ def main() -> int:
     given = parser.parse_args()
     scale = SMALL if given.small else FULL
     if given.videos is not None:
-        scale = replace(scale, videos=_shared(scale.videos, given.videos))
+        scale = replace(scale, videos=shared(scale.videos, given.videos))
     if given.demonstrations is not None:
         scale = replace(scale, demonstrations=given.demonstrations)
     out = given.out or Path("runs", f"train-{scale.recipes.replace('_', '-')}")
