@@ -79,65 +79,72 @@ def drive(
     """Until every trial is scored and left, or the keys end. `keys` yields "" while none is pressed."""
     measured: dict[Key, dict[str, float | None]] = {}  # the smoothness of trials
     shown, fresh = None, True
-    for key in keys:
-        fresh = fresh or not key
-        if (session.key, session.phase) != shown:
-            shown = session.key, session.phase
-            tell(prompt(session, trials))
-        before = session
-        session, todo = operator.tick(session, now())
-        trouble = rig.trouble() if session.phase is Phase.RUNNING else None
-        if trouble is not None:
-            kind, reason = trouble
-            todo = [Do.STOP]
-            if kind == "void":
-                session = operator.void(session, reason)
-            else:
-                session = operator.faulted(session, reason, now())
-        # Pressed before the operator could know of the trouble, or that a start was refused.
-        stale = (trouble and trouble[0] == "void") or (key in operator.ENTER and (trouble or not fresh))
-        if key == operator.SPACE or (key and not stale):
+    try:
+        for key in keys:
+            fresh = fresh or not key
+            if (session.key, session.phase) != shown:
+                shown = session.key, session.phase
+                tell(prompt(session, trials))
+            before = session
+            session, todo = operator.tick(session, now())
+            trouble = rig.trouble() if session.phase is Phase.RUNNING else None
+            if trouble is not None:
+                kind, reason = trouble
+                todo = [Do.STOP]
+                if kind == "void":
+                    session = operator.void(session, reason)
+                else:
+                    session = operator.faulted(session, reason, now())
+            # Pressed before the operator could know of the trouble, or that a start was refused.
+            stale = (trouble and trouble[0] == "void") or (key in operator.ENTER and (trouble or not fresh))
+            if key == operator.SPACE or (key and not stale):
+                if session.hint:
+                    tell(session.hint)
+                session, pressed = operator.press(session, key, now())
+                todo = [*todo, *pressed]
+            for do in todo:
+                if do is Do.START:
+                    try:
+                        rig.start(trials[session.key].instruction, ledger.file(session.key, ".mp4"))
+                    except rig.errors as error:
+                        stop(rig, tell)  # it may have started all the same
+                        rig.discard()
+                        session, fresh = operator.void(session, f"refused: {error}"), False
+                    else:
+                        session = operator.started(session, now())
+                elif do in (Do.STOP, Do.HALT):
+                    if not (stop if do is Do.STOP else halt)(rig, tell):
+                        session = before  # nothing was stopped, so nothing is scored
+                        break
+                elif do is Do.NOTE:
+                    session = operator.noted(session, ask())
+                elif do is Do.REOPEN:
+                    result = next((r for r in ledger.results() if r.key == session.key), None)
+                    ledger.reopen(session.key)
+                    if result:
+                        smooth = {name: getattr(result, name) for name in SMOOTHNESS}
+                        measured.setdefault(session.key, smooth)
+                        session = operator.reopened(session, result)
+                elif do is Do.LEAVE:
+                    return session
+                elif do is Do.KEEP:
+                    _keep(session, trials, ledger, measured)
+            if before.phase is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
+                joints = rig.save(ledger, before.key)
+                measured[before.key] = {name: of(joints, SAMPLE_HZ) for name, of in SMOOTHNESS.items()}
+            elif before.phase is Phase.RUNNING and session.phase is Phase.SET_UP:
+                rig.discard()
+                ledger.void(before.key, reason)
+                fresh = False
             if session.hint:
                 tell(session.hint)
-            session, pressed = operator.press(session, key, now())
-            todo = [*todo, *pressed]
-        for do in todo:
-            if do is Do.START:
-                try:
-                    rig.start(trials[session.key].instruction, ledger.file(session.key, ".mp4"))
-                except rig.errors as error:
-                    stop(rig, tell)  # it may have started all the same
-                    rig.discard()
-                    session, fresh = operator.void(session, f"refused: {error}"), False
-                else:
-                    session = operator.started(session, now())
-            elif do in (Do.STOP, Do.HALT):
-                if not (stop if do is Do.STOP else halt)(rig, tell):
-                    session = before  # nothing was stopped, so nothing is scored
-                    break
-            elif do is Do.NOTE:
-                session = operator.noted(session, ask())
-            elif do is Do.REOPEN:
-                result = next((r for r in ledger.results() if r.key == session.key), None)
-                ledger.reopen(session.key)
-                if result:
-                    smooth = {name: getattr(result, name) for name in SMOOTHNESS}
-                    measured.setdefault(session.key, smooth)
-                    session = operator.reopened(session, result)
-            elif do is Do.LEAVE:
-                return session
-            elif do is Do.KEEP:
-                _keep(session, trials, ledger, measured)
-        if before.phase is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
-            joints = rig.save(ledger, before.key)
-            measured[before.key] = {name: of(joints, SAMPLE_HZ) for name, of in SMOOTHNESS.items()}
-        elif before.phase is Phase.RUNNING and session.phase is Phase.SET_UP:
+                session = operator.replace(session, hint="")
+    except KeyboardInterrupt:
+        if session.phase is Phase.RUNNING:
+            stop(rig, tell)
             rig.discard()
-            ledger.void(before.key, reason)
-            fresh = False
-        if session.hint:
-            tell(session.hint)
-            session = operator.replace(session, hint="")
+            ledger.void(session.key, "interrupted")
+        raise
     return session
 
 

@@ -194,6 +194,23 @@ def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
     assert result.interventions == 1 and not result.success and "reflex" in said
 
 
+def test_an_interrupted_trial_is_void_and_its_arms_are_stopped(tmp_path):
+    def interrupted():
+        yield from ["\n", ""]
+        raise KeyboardInterrupt
+
+    rig = FakeRig()
+    with pytest.raises(KeyboardInterrupt):
+        driven(tmp_path, interrupted(), rig)
+    assert rig.calls[1:] == ["stop", "discard"]
+    assert [(line["seed"], line["reason"]) for line in Ledger(tmp_path, SETTINGS).voids()] == [
+        (0, "interrupted")
+    ]
+    with pytest.raises(KeyboardInterrupt):  # nothing runs: nothing is void
+        driven(tmp_path, (_ for _ in ()).throw(KeyboardInterrupt), FakeRig())
+    assert len(Ledger(tmp_path, SETTINGS).voids()) == 1
+
+
 def test_a_refused_start_leaves_the_trial_to_be_set_up_again(tmp_path):
     rig = FakeRig(refuse=1)
     session, ledger, said = driven(tmp_path, ["\n", "", *"\nskq"], rig, TRIALS[:1])
