@@ -54,6 +54,7 @@ class Scale:
 
     recipes: str  # config/training/<stage>_<recipes>.yaml
     task: str
+    embodiment: str  # file in config/embodiments: the part of the camera's picture that is shown
     videos: tuple[tuple[str, int, int], ...]  # trials without actions: task, first seed, how many
     demonstrations: int
     checkpoints: tuple[float, ...]  # shares of the steps of stage 3, to choose from
@@ -65,6 +66,7 @@ class Scale:
 FULL = Scale(
     recipes="sim",
     task="stack_cups",
+    embodiment="franka_single_workspace",
     videos=(("stack_cups", VIDEOS, 1400), ("pick_place", MORE_VIDEOS, 600)),
     demonstrations=200,
     checkpoints=(0.5, 0.65, 0.8, 1.0),
@@ -75,6 +77,7 @@ FULL = Scale(
 SMALL = Scale(
     recipes="sim_small",
     task="stack_cups_narrow",
+    embodiment="franka_single_marks",
     videos=(("stack_cups_narrow", VIDEOS, 125), ("pick_place", MORE_VIDEOS, 50)),
     demonstrations=200,
     checkpoints=(1.0,),
@@ -164,7 +167,8 @@ def demonstrations(plan: Plan) -> None:
 def _film(plan: Plan, which: str, *options: object) -> None:
     size = ["--size", plan.size] if plan.size else []
     place = ["film", plan.out / "states" / which, "--out", plan.out / which]
-    plan.run("training.scripted", "--workers", plan.workers, *place, *options, *size)
+    cut = ["--embodiment", plan.scale.embodiment]
+    plan.run("training.scripted", "--workers", plan.workers, *cut, *place, *options, *size)
 
 
 def train(plan: Plan, stage: str, name: str, *options: object, changes: tuple[str, ...] = ()) -> None:

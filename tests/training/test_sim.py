@@ -12,7 +12,7 @@ import torch
 from config.loading import root
 from training import gate
 from training.run import TrainingError
-from training.sim import FULL, OutOfTime, Plan, check_gate, checkpoints, choose
+from training.sim import FULL, SMALL, OutOfTime, Plan, check_gate, checkpoints, choose, shared
 
 # MuJoCo's renderer and torch do not share a process.
 SCRIPT = """
@@ -119,3 +119,8 @@ def test_a_command_ends_with_its_minutes_and_exports_come_in_order(tmp_path):
     (half / "manifest.json").write_text("{}")
     with pytest.raises(TrainingError, match="policy: 1 of 4 checkpoints are there"):
         choose(plan)
+
+
+def test_fewer_videos_keep_their_proportion():
+    assert shared(FULL.videos, 20) == (("stack_cups", 100_000, 14), ("pick_place", 120_000, 6))
+    assert all(first >= 100_000 for scale in (FULL, SMALL) for _, first, _ in scale.videos), "never evaluated"
