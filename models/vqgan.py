@@ -2,7 +2,7 @@
 
 Layout and tensor names are those of `diffusers.VQModel` without attention, which reproduces LWM's VQGAN:
 GroupNorm eps 1e-6, SiLU, downsampling pads bottom and right only, one more residual block a level in the
-decoder. `set_encoder` makes encoding fast on a GPU; choosing the code stays in the weights' precision.
+decoder. `set_encoder` makes encoding fast; choosing the code stays in the weights' precision.
 
 Images are [B, 3, h, w] in [-1, 1] (`to_input` from uint8 RGB). Train with
 
@@ -161,7 +161,7 @@ class VQGAN(nn.Module):
         return x.to(self.encoder.conv_in.weight.dtype)
 
     def set_encoder(self, dtype: torch.dtype) -> None:
-        """How a GPU encodes: convolutions channels-last, in `dtype`; in place.
+        """How frames are encoded: in `dtype`, convolutions channels-last (faster on a CPU too); in place.
 
         bf16 changes 2 to 3 % of the codes, those near a tie; fp32 with TF32 products, torch's default for
         convolutions, a tenth of that.

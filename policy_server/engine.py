@@ -99,10 +99,8 @@ class Engine:
             policy = fp8.twin(policy)
             _quantize(policy, self._progress)
         on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            checkpoint.vqgan.set_encoder(
-                policy.dtype if image_encoder == "auto" else getattr(torch, image_encoder)
-            )
+        chosen = policy.dtype if image_encoder == "auto" else getattr(torch, image_encoder)
+        checkpoint.vqgan.set_encoder(chosen if on_gpu else torch.float32)
         self.runner = Runner(
             policy,
             checkpoint.vqgan,

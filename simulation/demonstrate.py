@@ -66,14 +66,21 @@ class Demonstrator:
         self.world, self.rate_hz = Lockstep(trial), rate_hz
         self._ik = HandIK(trial.workcell)
 
-    def play(self, trial: Trial, seed: int, start_spread_rad: float = 0.0) -> Iterator[Step]:
+    def play(
+        self,
+        trial: Trial,
+        seed: int,
+        start_spread_rad: float = 0.0,
+        homes: dict[str, np.ndarray] | None = None,
+    ) -> Iterator[Step]:
         """Steps of `trial`; `world.judge` holds the score at the end.
 
-        seed: of the expert's style and, with `start_spread_rad`, of a perturbed first pose.
+        seed: of the expert's style and, with `start_spread_rad`, of a perturbed first pose. homes: first
+        joints [7] rad by arm, instead of the simulation's.
         """
         random = np.random.default_rng([trial.seed, seed])
         world = self.world
-        world.reset(trial)
+        world.reset(trial, homes)
         homes = {arm: world.joints(arm) for arm in world.arms}
         if start_spread_rad:
             spread = {arm: q + random.normal(0, start_spread_rad, 7) for arm, q in homes.items()}

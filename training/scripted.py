@@ -95,13 +95,18 @@ class Disturbance:
         world.data.qvel[at : at + 2] += speed * np.cos(angle), speed * np.sin(angle)
 
 
-def play(trial: Trial, demonstrator: Demonstrator, names: tuple[str, ...]) -> Played:
-    """The expert's trial, disturbed or not, up to the end of its motion."""
+def play(
+    trial: Trial,
+    demonstrator: Demonstrator,
+    names: tuple[str, ...],
+    homes: dict[str, np.ndarray] | None = None,
+) -> Played:
+    """The expert's trial, disturbed or not, from about `homes` up to the end of its motion."""
     random = np.random.default_rng([trial.seed, 7])
     world, told, rows = demonstrator.world, None, []
     disturbed = random.random() < DISTURBED
     disturbance = None
-    for step in demonstrator.play(trial, 0, START_SPREAD_RAD):
+    for step in demonstrator.play(trial, 0, START_SPREAD_RAD, homes):
         if not step.settling:
             told = told or (step.joints, dict.fromkeys(step.joints, 1.0))
             hands = [world.tcp(arm)[0] for arm in world.arms]
@@ -129,17 +134,18 @@ def shard_path(folder: Path, task: str, first: int) -> Path:
     return folder / f"{task}-{first:07d}.npz"
 
 
-def play_shard(folder: Path, task: str, embodiment: str, seeds: range) -> Path:
+def play_shard(folder: Path, task: str, robot: str, embodiment: str, seeds: range) -> Path:
     """Play trials `seeds` into one file, whole or not at all; a finished one stays."""
     path = shard_path(folder, task, seeds.start)
     if path.is_file():
         return path
     what, names = load(Task, task), load(Embodiment, embodiment).names
+    homes = {name: np.array(arm.home_rad) for name, arm in load(Robot, robot).arms.items()}
     demonstrator, played = None, []
     for seed in seeds:
         trial = make_trial(what, seed, template=None)
         demonstrator = demonstrator or Demonstrator(trial, load(Embodiment, embodiment).rate_hz)
-        played.append(play(trial, demonstrator, names))
+        played.append(play(trial, demonstrator, names, homes))
     write_shard(path, played)
     return path
 
@@ -183,12 +189,12 @@ def read_states(folder: Path) -> Iterator[Played]:
             yield Played(task, int(seed), bool(success), *(columns[key][first:end] for key in _COLUMNS))
 
 
-def play_all(folder: Path, task: str, embodiment: str, seeds: range, workers: int) -> None:
+def play_all(folder: Path, task: str, robot: str, embodiment: str, seeds: range, workers: int) -> None:
     """Files of states of `seeds` in shards; what is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = [range(s, min(s + SHARD, seeds.stop)) for s in range(seeds.start, seeds.stop, SHARD)]
     shards = [shard for shard in shards if not shard_path(folder, task, shard.start).is_file()]
-    job = functools.partial(play_shard, folder, task, embodiment)
+    job = functools.partial(play_shard, folder, task, robot, embodiment)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for _ in track(pool.map(job, shards), f"playing {task}", total=len(shards)):
             pass
@@ -298,7 +304,7 @@ def film(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--robot", default="sim_single", help="file in config/robots")
+    parser.add_argument("--robot", default="sim_single_low", help="file in config/robots: camera, home")
     parser.add_argument("--embodiment", default="franka_single_workspace", help="file in config/embodiments")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     what = parser.add_subparsers(dest="what", required=True)
@@ -318,7 +324,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "play":
         seeds = range(given.first_seed, given.first_seed + given.episodes)
-        play_all(given.out, given.task, given.embodiment, seeds, given.workers)
+        play_all(given.out, given.task, given.robot, given.embodiment, seeds, given.workers)
         return
     robot, embodiment = load(Robot, given.robot), load(Embodiment, given.embodiment)
     film(

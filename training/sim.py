@@ -54,6 +54,7 @@ class Scale:
 
     recipes: str  # config/training/<stage>_<recipes>.yaml
     task: str
+    robot: str  # file in config/robots: trials begin at its home, with the hand in the picture
     embodiment: str  # file in config/embodiments: the part of the camera's picture that is shown
     videos: tuple[tuple[str, int, int], ...]  # trials without actions: task, first seed, how many
     demonstrations: int
@@ -66,6 +67,7 @@ class Scale:
 FULL = Scale(
     recipes="sim",
     task="stack_cups",
+    robot="sim_single_low",
     embodiment="franka_single_workspace",
     videos=(("stack_cups", VIDEOS, 1400), ("pick_place", MORE_VIDEOS, 600)),
     demonstrations=200,
@@ -77,6 +79,7 @@ FULL = Scale(
 SMALL = Scale(
     recipes="sim_small",
     task="stack_cups_narrow",
+    robot="sim_single_marks",
     embodiment="franka_single_marks",
     videos=(("stack_cups_narrow", VIDEOS, 125), ("pick_place", MORE_VIDEOS, 50)),
     demonstrations=200,
@@ -153,7 +156,8 @@ def states(plan: Plan) -> None:
 def _play(plan: Plan, task: str, first: int, count: int, which: str) -> None:
     place = ["--out", plan.out / "states" / which]
     what = ["--task", task, "--first-seed", first, "--episodes", count]
-    plan.run("training.scripted", "--workers", plan.workers, "play", *what, *place)
+    body = ["--robot", plan.scale.robot, "--workers", plan.workers]
+    plan.run("training.scripted", *body, "play", *what, *place)
 
 
 def videos(plan: Plan) -> None:
@@ -167,8 +171,8 @@ def demonstrations(plan: Plan) -> None:
 def _film(plan: Plan, which: str, *options: object) -> None:
     size = ["--size", plan.size] if plan.size else []
     place = ["film", plan.out / "states" / which, "--out", plan.out / which]
-    cut = ["--embodiment", plan.scale.embodiment]
-    plan.run("training.scripted", "--workers", plan.workers, *cut, *place, *options, *size)
+    body = ["--robot", plan.scale.robot, "--embodiment", plan.scale.embodiment, "--workers", plan.workers]
+    plan.run("training.scripted", *body, *place, *options, *size)
 
 
 def train(plan: Plan, stage: str, name: str, *options: object, changes: tuple[str, ...] = ()) -> None:
@@ -328,7 +332,7 @@ def evaluate(plan: Plan) -> None:
 def live(plan: Plan) -> None:
     """The policy on the whole stack, in real time: camera, server, ROS 2, arms; with videos."""
     seeds, out = _seeds(HELD_OUT, plan.scale.held_out), plan.out / "evaluation" / "live"
-    what = ["--policy", plan.out / "policy", "--seeds", seeds, "--out", out]
+    what = ["--policy", plan.out / "policy", "--robot", plan.scale.robot, "--seeds", seeds, "--out", out]
     plan.run("vipra_ros.cli", "evaluate", plan.scale.task, "--live", *what)
 
 
@@ -337,8 +341,9 @@ def _seeds(first: int, count: int) -> str:
 
 
 def _evaluate(plan: Plan, policy: Path, seeds: str, out: Path) -> None:
-    what = ["--policy", policy, "--seeds", seeds, "--out", out, "--latency-ms", LATENCY_MS, "--no-video"]
-    plan.run("vipra_ros.cli", "evaluate", plan.scale.task, *what)
+    what = ["--policy", policy, "--robot", plan.scale.robot, "--seeds", seeds, "--out", out]
+    how = ["--latency-ms", LATENCY_MS, "--no-video"]
+    plan.run("vipra_ros.cli", "evaluate", plan.scale.task, *what, *how)
 
 
 def _report(folder: Path) -> dict:

@@ -40,7 +40,8 @@ class Start:
         """The frozen frame tokenizer, fp32."""
         model = VQGAN(self.config.vqgan)
         folder.fill(model, [self.path / "vqgan.safetensors"])
-        return model.to(device).eval().requires_grad_(False)
+        model.to(device, memory_format=torch.channels_last)  # on a CPU up to twice as fast
+        return model.eval().requires_grad_(False)
 
 
 def open_start(path: str | Path) -> Start:
