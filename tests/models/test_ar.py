@@ -52,7 +52,7 @@ def test_loss_equals_next_token_prediction_token_by_token():
             vision = [*codes[row, 0].tolist(), 32, *codes[row, 1].tolist(), 33]
             chunk = [i for action in actions[row].tolist() for i in (*action, 11)]
             parts = [("text", text), ("vision", vision), ("text", BRIDGE), ("action", chunk)]
-            x = torch.cat([policy.table(kind)(torch.tensor([ids])) for kind, ids in parts], 1)
+            x = torch.cat([policy.embed(kind, torch.tensor([ids])) for kind, ids in parts], 1)
             n = x.shape[1]
             mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
             hidden = policy.backbone(x, rope(policy.config, torch.arange(n)[None]), mask)[0]

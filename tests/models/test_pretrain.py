@@ -110,7 +110,7 @@ def test_losses_equal_next_token_prediction_token_by_token():
             tokens += [("text", i, True) for i in (6, 7)]
             tokens += [("latent", i, True) for i in [*z[0], STEP, *z[1], STEP]]
             tokens += [("text", i, True) for i in (8, 2)]
-            x = torch.cat([policy.table(kind)(torch.tensor([[i]])) for kind, i, _ in tokens], 1)
+            x = torch.cat([policy.embed(kind, torch.tensor([[i]])) for kind, i, _ in tokens], 1)
             n = len(tokens)
             mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
             hidden = policy.backbone(x, rope(policy.config, torch.arange(n)[None]), mask)[0]
