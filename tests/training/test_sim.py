@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from config.loading import root
+from config.embodiment import Embodiment
+from config.loading import load, root
+from config.robot import Robot
+from config.task import Task
+from simulation.lockstep import Lockstep
+from simulation.tasks.trial import make_trial
 from training import gate
 from training.run import TrainingError
 from training.sim import FULL, SMALL, OutOfTime, Plan, check_gate, checkpoints, choose, shared
@@ -124,3 +129,23 @@ def test_a_command_ends_with_its_minutes_and_exports_come_in_order(tmp_path):
 def test_fewer_videos_keep_their_proportion():
     assert shared(FULL.videos, 20) == (("stack_cups", 100_000, 14), ("pick_place", 120_000, 6))
     assert all(first >= 100_000 for scale in (FULL, SMALL) for _, first, _ in scale.videos), "never evaluated"
+
+
+@pytest.mark.parametrize("scale", [FULL, SMALL], ids=["full", "small"])
+def test_trials_begin_with_the_hand_in_the_picture(scale):
+    robot, crop = load(Robot, scale.robot), load(Embodiment, scale.embodiment).crop
+    trial = make_trial(load(Task, scale.task), 0)
+    world = Lockstep(trial)
+    world.reset(trial, {name: np.array(arm.home_rad) for name, arm in robot.arms.items()})
+    hand, down = world.tcp(trial.task.arm)
+    assert down[2, 2] < -0.999, "straight down"
+    camera, (width, height) = trial.workcell.front_camera, (robot.camera.width, robot.camera.height)
+    ahead = np.subtract(camera.look_at_xyz, camera.position_xyz)
+    ahead /= np.linalg.norm(ahead)
+    right = np.cross(ahead, [0, 0, 1])
+    right /= np.linalg.norm(right)
+    focal = height / 2 / np.tan(np.radians(camera.vertical_fov_deg) / 2)
+    seen = hand - camera.position_xyz
+    column, row = (focal * (seen @ axis) / (seen @ ahead) for axis in (right, np.cross(ahead, right)))
+    rows, columns = crop.of(height, width)
+    assert rows.start + 5 < height / 2 + row < rows.stop and columns.start < width / 2 + column < columns.stop
