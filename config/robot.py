@@ -80,6 +80,12 @@ class PolicyClient(Strict):
         0.0, ge=0, le=5000, description="added to every inference, for experiments"
     )
     seed: int = Field(0, ge=0, description="noise seed of every request; each refused chunk adds one")
+    gripper_sustained_actions: int = Field(
+        1,
+        ge=1,
+        le=14,
+        description="a chunk that opens or closes a hand for fewer actions leaves it as it was",
+    )
 
 
 # ViPRA section 5.4: "3.5 Hz" and "7 Hz" are executed actions per second, one inference in 2 s.

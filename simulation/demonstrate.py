@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from simulation.experts.ik import HandIK
-from simulation.experts.picking import World, expert
+from simulation.experts.picking import HELD_OPENING, World, expert
 from simulation.lockstep import Lockstep
 from simulation.tasks.trial import Trial
 
@@ -43,7 +43,7 @@ def lead(
     bases = world.trial.workcell.arms
     down = {arm: _turn(bases[arm].yaw_rad) @ np.diag([1.0, -1.0, -1.0]) for arm in world.arms}
     start = {arm: world.joints(arm) for arm in world.arms}
-    openings = dict.fromkeys(world.arms, 1.0)
+    openings = {arm: float(world.opening(arm) > HELD_OPENING[1]) for arm in world.arms}
     level = {arm: ik.solve(arm, world.tcp(arm)[0], down[arm], q) for arm, q in start.items()}
     turn = max(float(np.abs(level[arm] - q).max()) for arm, q in start.items())
     steps = int(np.ceil(1.875 * turn / LEVEL_RAD_S * rate_hz))
@@ -85,10 +85,15 @@ class Demonstrator:
         if start_spread_rad:
             spread = {arm: q + random.normal(0, start_spread_rad, 7) for arm, q in homes.items()}
             world.reset(trial, spread)
+        yield from self.go_on(random)
+
+    def go_on(self, random: np.random.Generator) -> Iterator[Step]:
+        """Steps of the trial that `world` is in, from how things stand now."""
+        world = self.world
         commanded, openings = {}, {}
         for commanded, openings in lead(world, self._ik, self.rate_hz, random):
             yield self._step(commanded, openings)
-            if world.time_s > trial.task.time_limit_s:
+            if world.time_s > world.trial.task.time_limit_s:
                 return
         for _ in range(round(SETTLE_S * self.rate_hz)):
             yield self._step(commanded, openings, settling=True)

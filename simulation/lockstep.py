@@ -64,6 +64,23 @@ class Lockstep:
         mujoco.mj_forward(self.model, self.data)
         self.judge = judge_for(trial)
 
+    def restore(
+        self, joints: dict[str, np.ndarray], openings: dict[str, float], poses: dict[str, np.ndarray]
+    ) -> None:
+        """After `reset`: everything at rest as it once was, arms held there.
+
+        joints: [7] rad by arm; openings: 0 closed to 1 open; poses: [7] by object, m and wxyz.
+        """
+        for name, arm in self.arms.items():
+            q = np.array(joints[name], float)
+            self.data.qpos[arm.qpos_slice] = q
+            self.data.qpos[arm._finger_qpos_addrs] = HAND_WIDTH / 2 * openings[name]
+            self._targets[name] = (q, q)
+        for name, pose in poses.items():
+            at = int(self.model.joint(f"{name}_free").qposadr[0])
+            self.data.qpos[at : at + 7] = pose
+        mujoco.mj_forward(self.model, self.data)
+
     def open_hand(self, arm: str, opening: float) -> None:
         """opening 0 closes with the grasp force, 1 opens; the rules of the gripper node are the caller's."""
         width = HAND_WIDTH * float(opening > 0.5)

@@ -1,17 +1,21 @@
 """Trials of scripted experts, in two steps: played once into small files of states, drawn where needed.
 
     python -m training.scripted play --task stack_cups --first-seed 100000 --episodes 1400 --out OUT/states
+    python -m training.scripted correct EVALUATION --out OUT/corrections
     python -m training.scripted film OUT/states --out OUT/videos        (videos, no actions)
     python -m training.scripted film OUT/states --out OUT/demonstrations --actions    (successes only)
 
 Half of the trials are disturbed: something shoves the arm off its way, or a cup, while the expert's reference
-goes on, so that finding back and trying again are seen. States take about 2 kB a second, pictures a hundred
-times that. Pictures hold the part of the camera's picture that `--embodiment` crops, at the camera's
-resolution or smaller. Torch-free: MuJoCo's renderer and torch do not share a process.
+goes on, so that finding back and trying again are seen. Corrections begin where a policy went, at moments of
+the trials of `vipra evaluate`, and the expert takes over there (Ross et al. 2011, DAgger; Kelly et al. 2019,
+HG-DAgger), so that a policy learns to get out of what no demonstrator gets into. States take about 2 kB a
+second, pictures a hundred times that. Pictures hold the part of the camera's picture that `--embodiment`
+crops, at the camera's resolution or smaller. Torch-free: MuJoCo's renderer and torch do not share a process.
 """
 
 import argparse
 import functools
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -31,9 +35,12 @@ from episodes import demonstration, layout
 from episodes.parallel import in_order
 from episodes.writer import Writer
 from policy_server.images import cut, fit
-from simulation.demonstrate import Demonstrator
+from simulation.demonstrate import Demonstrator, Step
+from simulation.experts.picking import HELD_OPENING
 from simulation.lockstep import Lockstep
+from simulation.tasks.score import UPRIGHT
 from simulation.tasks.trial import Trial, make_trial
+from training.run import TrainingError
 from training.seen import ABSENT, NAMES, PLACES
 
 CRF = 18  # of H.264: little noise, since the policy's camera sends raw pictures
@@ -45,6 +52,9 @@ SHOVE_S = (0.1, 0.4)
 PAUSE_S = (0.8, 4.0)  # between disturbances
 NUDGE_M_S = (0.15, 0.45)  # of a cup: it slides 1 to 3 cm
 NUDGED = 0.25  # of the disturbances
+PICKED = ("stack", "pick_place")  # kinds of tasks whose expert begins wherever the hand and the object are
+TAKE_OVER_S = 0.3  # the arm stands still
+CORRECTED = 5  # trials whose corrections share a file of states
 
 
 @dataclass(frozen=True)
@@ -103,12 +113,19 @@ def play(
 ) -> Played:
     """The expert's trial, disturbed or not, from about `homes` up to the end of its motion."""
     random = np.random.default_rng([trial.seed, 7])
+    return record(demonstrator, demonstrator.play(trial, 0, START_SPREAD_RAD, homes), names, random)
+
+
+def record(
+    demonstrator: Demonstrator, steps: Iterator[Step], names: tuple[str, ...], random: np.random.Generator
+) -> Played:
+    """What comes of `steps`, which `random` disturbs or does not."""
     world, told, rows = demonstrator.world, None, []
     disturbed = random.random() < DISTURBED
     disturbance = None
-    for step in demonstrator.play(trial, 0, START_SPREAD_RAD, homes):
+    for step in steps:
         if not step.settling:
-            told = told or (step.joints, dict.fromkeys(step.joints, 1.0))
+            told = told or (step.joints, step.action_openings)
             hands = [world.tcp(arm)[0] for arm in world.arms]
             rows.append((step.qpos, vector(names, step.joints, step.openings), vector(names, *told), hands))
             told = step.action_joints, step.action_openings  # reached when the next step begins
@@ -116,7 +133,7 @@ def play(
             disturbance = disturbance or Disturbance(world, random)
             disturbance.step()
     columns = (np.array(column, np.float32) for column in zip(*rows, strict=True))
-    return Played(trial.task.name, trial.seed, world.judge.success, *columns)
+    return Played(world.trial.task.name, world.trial.seed, world.judge.success, *columns)
 
 
 def vector(names: tuple[str, ...], joints: dict[str, np.ndarray], openings: dict[str, float]) -> list[float]:
@@ -125,6 +142,86 @@ def vector(names: tuple[str, ...], joints: dict[str, np.ndarray], openings: dict
     return [
         openings[a] if p == "gripper" else joints[a][int(p.removeprefix("joint")) - 1] for a, _, p in parts
     ]
+
+
+# --- corrections
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How things stood at one time of a policy's trial; arms [A, 8] joints, rad, and opening."""
+
+    task: str
+    seed: int
+    arms: dict[str, np.ndarray]
+    poses: dict[str, np.ndarray]  # [7] m and wxyz by object
+
+
+def moments(path: Path, task: str, each: int) -> list[Moment]:
+    """Up to `each` moments of a trial `vipra evaluate` left at `path` (seen-<seed>.npz), with every object
+    upright on the table or higher.
+    """
+    seed = int(path.stem.rpartition("-")[2])
+    with np.load(path, allow_pickle=False) as data:
+        state, poses, objects, arms = data["state"], data["poses"], data["objects"], data["arms"]
+    tilt = 1 - 2 * (poses[..., 4] ** 2 + poses[..., 5] ** 2)
+    fine = ((tilt > UPRIGHT) & (poses[..., 2] > poses[0, :, 2] - 0.01)).all(1)
+    random = np.random.default_rng([seed, 11])
+    at = np.flatnonzero(fine)
+    return [
+        Moment(task, seed, dict(zip(arms, state[i], strict=True)), dict(zip(objects, poses[i], strict=True)))
+        for i in sorted(random.choice(at, min(each, len(at)), replace=False))
+    ]
+
+
+def correct_trials(folder: Path, task: str, embodiment: str, each: int, paths: list[Path]) -> Path:
+    """The expert takes over at moments of the trials at `paths`: one file of states, whole or not at all."""
+    out = folder / f"{task}-corrections-{paths[0].stem.rpartition('-')[2].zfill(7)}.npz"
+    if out.is_file():
+        return out
+    what, names = load(Task, task), load(Embodiment, embodiment).names
+    demonstrator, played = None, []
+    for number, moment in enumerate(m for path in paths for m in moments(path, task, each)):
+        trial = make_trial(what, moment.seed, template=None)
+        demonstrator = demonstrator or Demonstrator(trial, load(Embodiment, embodiment).rate_hz)
+        played.append(correct(moment, trial, demonstrator, names, number))
+    write_shard(out, played)
+    return out
+
+
+def correct(
+    moment: Moment, trial: Trial, demonstrator: Demonstrator, names: tuple[str, ...], number: int
+) -> Played:
+    """The expert's correction of what a policy had come to; things come to rest before."""
+    random, world = np.random.default_rng([moment.seed, 13, number]), demonstrator.world
+    world.reset(trial)
+    openings = {arm: float(values[7]) for arm, values in moment.arms.items()}
+    world.restore({arm: values[:7] for arm, values in moment.arms.items()}, openings, moment.poses)
+    for arm, opening in openings.items():
+        world.open_hand(arm, float(opening > HELD_OPENING[1]))
+    world.advance(TAKE_OVER_S, {})
+    return record(demonstrator, demonstrator.go_on(random), names, random)
+
+
+def correct_all(evaluation: Path, folder: Path, embodiment: str, each: int, workers: int) -> None:
+    """Files of corrections of an evaluation's trials; what is there stays. Raises TrainingError."""
+    settings = evaluation / "settings.json"
+    if not settings.is_file():
+        raise TrainingError(f"{evaluation} is no folder of vipra evaluate: settings.json is missing")
+    task = json.loads(settings.read_text())["task"]
+    if load(Task, task).kind not in PICKED:
+        raise TrainingError(
+            f"{task}: the expert begins in the middle of tasks of one arm that pick and put alone"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [
+        p for p in sorted((evaluation / "trials").glob("seen-*.npz")) if p.with_suffix(".json").is_file()
+    ]
+    parts = [paths[i : i + CORRECTED] for i in range(0, len(paths), CORRECTED)]
+    job = functools.partial(correct_trials, folder, task, embodiment, each)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for _ in track(pool.map(job, parts), f"correcting {task}", total=len(parts)):
+            pass
 
 
 # --- states on disk
@@ -313,6 +410,10 @@ def main() -> None:
     one.add_argument("--first-seed", type=int, required=True)
     one.add_argument("--episodes", type=int, required=True)
     one.add_argument("--out", type=Path, required=True, help="folder of states")
+    third = what.add_parser("correct", help="trials of vipra evaluate -> states: the expert takes over")
+    third.add_argument("evaluation", type=Path, help="its folder")
+    third.add_argument("--each", type=int, default=2, help="corrections of a trial")
+    third.add_argument("--out", type=Path, required=True, help="folder of states")
     other = what.add_parser("film", help="states -> LeRobotDataset")
     other.add_argument("states", type=Path)
     other.add_argument("--out", type=Path, required=True, help="folder of the dataset")
@@ -325,6 +426,12 @@ def main() -> None:
     if given.what == "play":
         seeds = range(given.first_seed, given.first_seed + given.episodes)
         play_all(given.out, given.task, given.robot, given.embodiment, seeds, given.workers)
+        return
+    if given.what == "correct":
+        try:
+            correct_all(given.evaluation, given.out, given.embodiment, given.each, given.workers)
+        except TrainingError as error:
+            parser.error(str(error))
         return
     robot, embodiment = load(Robot, given.robot), load(Embodiment, given.embodiment)
     film(

@@ -1,4 +1,4 @@
-"""vipra_sim from nothing: scripted trials, tokens, pretraining, finetuning, Scratch, trials, comparison.
+"""vipra_sim from nothing: scripted trials, tokens, pretraining, corrections, finetuning, comparison.
 
     python -m training.sim                                     (make train-sim, one GPU)
     python -m training.sim --small --ignore-gate               (make train-sim-small, two CPU cores)
@@ -6,8 +6,9 @@
 
 Every step is a command a user would type, or says so. What is finished stays; a step that was cut off, by a
 kill or by --minutes, goes on when this is run again (exit status 75: not finished). Steps that draw or play
-(states, videos, demonstrations, choose, evaluate, live) need a renderer, the others torch: they may run on
-different machines over the same folder. docs/vipra_sim.md has the commands for a rented GPU.
+(states, videos, demonstrations, corrections, choose, evaluate, live) need a renderer, the others torch: they
+may run on different machines over the same folder. --corrections 0 does without a draft and its mistakes.
+docs/vipra_sim.md has the commands for a rented GPU.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from training.run import TrainingError, summary
 # First seeds of trials of the seen split: none that policies are evaluated on (below 100,000).
 VIDEOS, MORE_VIDEOS = 100_000, 120_000
 DEMONSTRATIONS = 200_000
+MISTAKES = 210_000  # of the trials a draft plays, to be corrected
+EACH = 2  # corrections of a trial
 SPARE = 1.2  # trials played for a demonstration: failures are left out
 DEVELOPMENT = 300_000  # first of the seeds that choose a checkpoint
 PAIRED = 1000  # first seed of the comparison with Scratch
@@ -57,7 +60,9 @@ class Scale:
     robot: str  # file in config/robots: trials begin at its home, with the hand in the picture
     embodiment: str  # file in config/embodiments: the part of the camera's picture that is shown
     videos: tuple[tuple[str, int, int], ...]  # trials without actions: task, first seed, how many
-    demonstrations: int
+    demonstrations: int  # with the corrections
+    corrections: int  # of where a draft of the policy went, trained on the other demonstrations
+    draft: float  # its share of the steps of stage 3
     checkpoints: tuple[float, ...]  # shares of the steps of stage 3, to choose from
     development: int  # trials that choose
     paired: int  # trials against Scratch
@@ -71,6 +76,8 @@ FULL = Scale(
     embodiment="franka_single_workspace",
     videos=(("stack_cups", VIDEOS, 1400), ("pick_place", MORE_VIDEOS, 600)),
     demonstrations=200,
+    corrections=80,
+    draft=0.4,
     checkpoints=(0.5, 0.65, 0.8, 1.0),
     development=20,
     paired=200,
@@ -83,6 +90,8 @@ SMALL = Scale(
     embodiment="franka_single_marks",
     videos=(("stack_cups_narrow", VIDEOS, 125), ("pick_place", MORE_VIDEOS, 50)),
     demonstrations=200,
+    corrections=80,
+    draft=0.4,
     checkpoints=(1.0,),
     development=10,
     paired=50,
@@ -150,7 +159,12 @@ def states(plan: Plan) -> None:
     scale = plan.scale
     for task, first, count in scale.videos:
         _play(plan, task, first, count, "videos")
-    _play(plan, scale.task, DEMONSTRATIONS, round(SPARE * scale.demonstrations), "demonstrations")
+    _play(plan, scale.task, DEMONSTRATIONS, round(SPARE * _plain(scale)), "demonstrations")
+
+
+def _plain(scale: Scale) -> int:
+    """Demonstrations from the start of a trial."""
+    return scale.demonstrations - scale.corrections
 
 
 def _play(plan: Plan, task: str, first: int, count: int, which: str) -> None:
@@ -165,7 +179,27 @@ def videos(plan: Plan) -> None:
 
 
 def demonstrations(plan: Plan) -> None:
-    _film(plan, "demonstrations", "--actions", "--episodes", plan.scale.demonstrations)
+    _film(plan, "demonstrations", "--actions", "--episodes", _plain(plan.scale))
+
+
+def draft(plan: Plan) -> None:
+    """A policy that makes mistakes worth correcting."""
+    if plan.scale.corrections:
+        steps = max(round(plan.scale.draft * checkpoints(plan)[-1]), 1)
+        _act(plan, "draft", "draft", steps, "--start", plan.out / "pretrained")
+
+
+def corrections(plan: Plan) -> None:
+    """The draft plays, and the expert takes over where it went."""
+    scale = plan.scale
+    if not scale.corrections:
+        return
+    played = plan.out / "evaluation" / "draft"
+    trials = max(round(SPARE * scale.corrections / EACH), 1)
+    _evaluate(plan, plan.out / "draft", _seeds(MISTAKES, trials), played)
+    what = ["correct", played, "--each", EACH, "--out", plan.out / "states" / "corrections"]
+    plan.run("training.scripted", "--embodiment", scale.embodiment, "--workers", plan.workers, *what)
+    _film(plan, "corrections", "--actions", "--episodes", scale.corrections)
 
 
 def _film(plan: Plan, which: str, *options: object) -> None:
@@ -246,12 +280,12 @@ def pretrain(plan: Plan) -> None:
 
 
 def finetune(plan: Plan) -> None:
-    _act(plan, "policy", "--start", plan.out / "pretrained")
+    _choices(plan, "policy", "--start", plan.out / "pretrained")
 
 
 def scratch(plan: Plan) -> None:
     """The same demonstrations, steps and augmentation, without stages 1 and 2."""
-    _act(plan, "scratch", "--tokenizer", plan.out / "tokenizer")
+    _choices(plan, "scratch", "--tokenizer", plan.out / "tokenizer")
 
 
 def bidirectional(plan: Plan) -> None:
@@ -260,30 +294,30 @@ def bidirectional(plan: Plan) -> None:
 
     if load_recipe(f"finetune_{plan.scale.recipes}").chunk_attention == "bidirectional":
         return
-    _act(plan, "bidirectional", "--start", plan.out / "pretrained")
+    _choices(plan, "bidirectional", "--start", plan.out / "pretrained")
 
 
-def _act(plan: Plan, name: str, *options: object) -> None:
+def _choices(plan: Plan, name: str, *options: object) -> None:
     """One run, exported at several steps."""
-    check_gate(plan.out / "gate.json", plan.ignore_gate)
-    sets = [{"path": str(plan.out / "demonstrations"), "crop": WHOLE}]
-    data = f"data={json.dumps({'datasets': sets, 'validation_share': 0.05})}"
     for steps in checkpoints(plan):
-        folder = plan.out / "choices" / f"{name}-{steps:06d}"
-        if not done(folder):
-            place = ["--out", folder, "--run", plan.out / "runs" / name]
-            changes = plan.sets("finetune", data, *VARIANTS[name])
-            what = [
-                "train",
-                "finetune",
-                f"finetune_{plan.scale.recipes}",
-                *place,
-                *options,
-                *changes,
-                "--set",
-                f"steps={steps}",
-            ]
-            plan.run("vipra_ros.cli", *what)
+        _act(plan, name, f"choices/{name}-{steps:06d}", steps, *options)
+
+
+def _act(plan: Plan, run: str, name: str, steps: int, *options: object) -> None:
+    """Stage 3 up to `steps`, exported to `name`; a draft knows no corrections."""
+    check_gate(plan.out / "gate.json", plan.ignore_gate)
+    if done(plan.out / name):
+        return
+    corrected = plan.scale.corrections and run != "draft"
+    recorded = ("demonstrations", "corrections") if corrected else ("demonstrations",)
+    sets = [{"path": str(plan.out / which), "crop": WHOLE} for which in recorded]
+    data = f"data={json.dumps({'datasets': sets, 'validation_share': 0.05})}"
+    place = ["--out", plan.out / name, "--run", plan.out / "runs" / run]
+    changes = plan.sets("finetune", data, *VARIANTS.get(run, ()))
+    recipe = f"finetune_{plan.scale.recipes}"
+    plan.run(
+        "vipra_ros.cli", "train", "finetune", recipe, *place, *options, *changes, "--set", f"steps={steps}"
+    )
 
 
 def checkpoints(plan: Plan) -> list[int]:
@@ -407,6 +441,8 @@ STEPS: dict[str, Callable[[Plan], None]] = {
     "labels": labels,
     "pretrain": pretrain,
     "demonstrations": demonstrations,
+    "draft": draft,
+    "corrections": corrections,
     "finetune": finetune,
     "scratch": scratch,
     "bidirectional": bidirectional,
@@ -435,7 +471,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="most time for one command of a step")
     parser.add_argument("--ignore-gate", action="store_true", help="go on with tokens that fail the gate")
     parser.add_argument("--videos", type=int, help="trials of the actionless videos")
-    parser.add_argument("--demonstrations", type=int, help="at most 200 for the comparison")
+    parser.add_argument(
+        "--demonstrations", type=int, help="with the corrections; at most 200 for the comparison"
+    )
+    parser.add_argument("--corrections", type=int, help="of a draft's mistakes, of the demonstrations")
     parser.add_argument(
         "--size", type=int, help="px of the pictures kept; default: the camera's, 96: small enough to carry"
     )
@@ -451,6 +490,13 @@ def main() -> int:
         scale = replace(scale, videos=shared(scale.videos, given.videos))
     if given.demonstrations is not None:
         scale = replace(scale, demonstrations=given.demonstrations)
+    if given.corrections is not None:
+        scale = replace(scale, corrections=given.corrections)
+    if not 0 <= scale.corrections < scale.demonstrations:
+        parser.error(
+            f"--corrections {scale.corrections}: fewer than the {scale.demonstrations} demonstrations: a "
+            "draft learns from the others"
+        )
     out = given.out or Path("runs", f"train-{scale.recipes.replace('_', '-')}")
     plan = Plan(
         out.resolve(), scale, given.size, given.workers, given.minutes, tuple(given.set), given.ignore_gate

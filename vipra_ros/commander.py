@@ -186,6 +186,7 @@ class Commander:
         """Ask for motion. `state` shows what comes of it."""
         if not self.active:
             self.counts.in_a_row = 0
+            self.chunk = None
             self._set(State.WAITING, "starting")
 
     def stop(self, reason: str = "stopped: ~/start goes on", state: State = State.IDLE) -> None:
@@ -392,6 +393,8 @@ class Commander:
         # the policy's range has a margin, an opening has none
         actions[:, self._gripper] = np.clip(actions[:, self._gripper], 0.0, 1.0)
         chunk = self._as_joints(answer, timing, actions, now)
+        if (least := self._config.gripper_sustained_actions) > 1:
+            chunk = chunk.sustained(least, self._openings_at(max(now, timing.t0)))
         try:
             self._gate.reset(self._state_at(now)[~self._hand], now)
         except ValueError as error:
@@ -401,6 +404,10 @@ class Commander:
             raise Rejected(verdict.code, verdict.reason)
         self._check_join(chunk, now)
         return chunk
+
+    def _openings_at(self, t: float) -> np.ndarray | None:
+        """Openings [G] the chunk sent last asks for at `t`; None before the first."""
+        return None if self.chunk is None else self.chunk.grippers[max(self.chunk.index(t), 0)]
 
     def _as_joints(self, answer: protocol.Chunk, timing: Timing, actions: np.ndarray, now: float) -> Chunk:
         """The chunk of joints that `actions` [H, D] mean. Raises Rejected."""

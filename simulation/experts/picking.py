@@ -1,8 +1,9 @@
 """Experts that pick one object and put it on or in another, with everything the simulator knows.
 
 An expert is a generator: it reads the world's truth when it needs it and yields one hand pose an arm and
-control step. So it re-aims at every phase, notices a failed grasp and tries again. Speeds, approach heights
-and grasp yaw vary with its seed, and it never rests longer than the hand needs to close.
+control step. So it re-aims at every phase, notices a failed grasp and tries again; `pick_and_put` begins
+wherever the hand and the object are. Speeds, approach heights and grasp yaw vary with its seed, and it never
+rests longer than the hand needs to close.
 """
 
 from collections.abc import Generator, Iterator
@@ -28,6 +29,11 @@ KNOB_GRASP_S = 0.7  # the fingers have further to close than on a cup
 DROP_M = 0.012  # of the cloth: a held knob pressed on a rigid top makes contacts that throw the object
 HANGING = 0.7  # how far the lifted cloth reaches below the fingers, as a share of its side
 TRIES = 4
+DONE_M = 0.05  # of the object beside its place: it was put there
+AT_M = 0.01  # beside where the hand or the object has to be: it is there
+HELD_M = 0.025  # of the tool centre from the grasp, with fingers that far apart: it holds the object
+HELD_OPENING = (0.3, 0.9)
+EMPTY = 0.03  # closed fingers: not even a rim between them
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,9 @@ def pick_and_put(
 ) -> Iterator[Pose]:
     """Pick the task's moved object, put it on the target, retreat. Ends when done or after `TRIES` grasps.
 
+    A hand that is at the object closes, one that holds it goes on from there, one beside it rises, having let
+    go of a rim, and comes from above.
+
     With a `scene` it waits above the target until that is held, and keeps to the side away from the holder.
     """
     task = world.trial.task
@@ -116,10 +125,20 @@ def pick_and_put(
     moved, target, arm = task.named("moved"), task.named("target"), task.arm
     table = world.trial.workcell.table.centre_xyz[2]
     fast, slow = style.speed_m_s, 0.6 * style.speed_m_s
-    here = Pose(world.tcp(arm)[0])
+    here = Pose(world.tcp(arm)[0], opening=float(world.opening(arm) > HELD_OPENING[1]))
 
     def of(name: str) -> np.ndarray:
         return world.things()[name].xyz
+
+    def grasp() -> np.ndarray:
+        return of(moved) + _up(CUP_GRASP_M)
+
+    def done() -> bool:
+        return bool(np.hypot(*(of(moved) - of(target))[:2]) < DONE_M)
+
+    def held() -> bool:
+        closed = HELD_OPENING[0] < world.opening(arm) < HELD_OPENING[1]
+        return closed and bool(np.linalg.norm(world.tcp(arm)[0] - grasp()) < HELD_M)
 
     def goal() -> np.ndarray:
         """Where the hand must be for the object, which hangs where it was gripped, to be over its place."""
@@ -128,25 +147,41 @@ def pick_and_put(
             place = place + _up(0.0, *(SIDE_M * _away(world)))
         return place - (of(moved) - world.tcp(arm)[0])
 
+    def pick(here: Pose) -> Generator[Pose, None, Pose]:
+        off = world.tcp(arm)[0] - grasp()
+        low, aside = off[2] < style.approach_m, np.hypot(*off[:2]) > AT_M
+        if low and aside:
+            if not here.opening and world.opening(arm) > EMPTY:
+                here = yield from _stay(replace(here, opening=1.0), RELEASE_S, rate_hz)
+            here = yield from _go(
+                here, replace(here, xyz=here.xyz + _up(style.approach_m - off[2])), fast, rate_hz
+            )
+        if aside or not low:
+            above = Pose(grasp() + _up(style.approach_m), style.yaw_rad)
+            here = yield from _go(here, above, fast, rate_hz)
+        here = yield from _go(here, replace(here, xyz=grasp(), opening=1.0), slow, rate_hz)
+        return (yield from _stay(replace(here, opening=0.0), GRASP_S, rate_hz))
+
     for _ in range(TRIES):
-        grasp = of(moved) + _up(CUP_GRASP_M)
-        above = Pose(grasp + _up(style.approach_m), style.yaw_rad)
-        here = yield from _go(here, above, fast, rate_hz)
-        here = yield from _go(here, replace(here, xyz=of(moved) + _up(CUP_GRASP_M)), slow, rate_hz)
-        here = yield from _stay(replace(here, opening=0.0), GRASP_S, rate_hz)
-        height = table + CLEAR_M + CUP_GRASP_M + style.carry_m
-        here = yield from _go(here, replace(here, xyz=np.array([*here.xyz[:2], height])), fast, rate_hz)
-        if of(moved)[2] - table < 0.5 * CLEAR_M:
-            here = replace(here, opening=1.0)
-            continue  # it slipped
-        here = yield from _go(here, replace(here, xyz=np.array([*goal()[:2], height])), fast, rate_hz)
+        holds = held()
+        if not holds and not done():
+            here = yield from pick(here)
+            holds = True
+        if holds and np.hypot(*(goal() - world.tcp(arm)[0])[:2]) > AT_M:
+            height = table + CLEAR_M + CUP_GRASP_M + style.carry_m
+            here = yield from _go(here, replace(here, xyz=np.array([*here.xyz[:2], height])), fast, rate_hz)
+            if of(moved)[2] - table < 0.5 * CLEAR_M:
+                here = replace(here, opening=1.0)
+                continue  # it slipped
+            here = yield from _go(here, replace(here, xyz=np.array([*goal()[:2], height])), fast, rate_hz)
         while scene is not None and not scene.held:
             yield here
-        down = goal() + _up(_rest_height(task.kind) + style.settle_m)
-        here = yield from _go(here, replace(here, xyz=down), slow, rate_hz)
+        if holds:
+            down = goal() + _up(_rest_height(task.kind) + style.settle_m)
+            here = yield from _go(here, replace(here, xyz=down), slow, rate_hz)
         here = yield from _stay(replace(here, opening=1.0), RELEASE_S, rate_hz)
         here = yield from _go(here, replace(here, xyz=here.xyz + _up(0.13)), fast, rate_hz)
-        if np.hypot(*(of(moved) - of(target))[:2]) < 0.05:
+        if done():
             break
     yield from _stay(here, 0.25, rate_hz)
 
@@ -184,7 +219,7 @@ def cover(world: World, rate_hz: float, random: np.random.Generator) -> Iterator
         here = yield from _go(here, replace(here, xyz=goal), slow, rate_hz)
         here = yield from _stay(replace(here, opening=1.0), RELEASE_S, rate_hz)
         here = yield from _go(here, replace(here, xyz=here.xyz + _up(0.13)), fast, rate_hz)
-        if np.hypot(*(of(moved) - of(target))[:2]) < 0.05:
+        if np.hypot(*(of(moved) - of(target))[:2]) < DONE_M:
             break
     yield from _stay(here, 0.25, rate_hz)
 

@@ -73,6 +73,38 @@ def test_the_expert_does_the_task_from_a_disturbed_start_without_long_rests(name
     assert np.sqrt((error**2).mean()) < 0.02
 
 
+def test_the_expert_goes_on_from_wherever_hand_and_object_are():
+    """At the object, beside it and shut, with it, and with it in its place."""
+    trial = make_trial(load(Task, "stack_cups_narrow"), 3)
+    demonstrator = Demonstrator(trial)
+    world = demonstrator.world
+    steps = list(demonstrator.play(trial, seed=0))
+    address = {name: int(world.model.joint(f"{name}_free").qposadr[0]) for name in world.things()}
+    closing, opening = (1 + np.flatnonzero(np.diff([s.action_openings["right"] for s in steps]))).tolist()
+
+    def goes_on(at: int, aside_m: float = 0.0, shut: bool = False) -> tuple[float, int]:
+        """The first opening asked for and the steps until the end, from the world as it was at step `at`."""
+        there = {name: steps[at].qpos[i : i + 7].copy() for name, i in address.items()}
+        opening = dict(steps[at].openings)
+        there["cup_a"][1] += aside_m
+        opening["right"] = 0.0 if shut else opening["right"]
+        world.reset(trial)
+        world.restore(steps[at].joints, opening, there)
+        world.open_hand("right", steps[at].action_openings["right"] * (not shut))
+        world.advance(0.3, {})
+        again = list(demonstrator.go_on(np.random.default_rng(0)))
+        assert world.judge.success, f"from step {at}"
+        return again[0].action_openings["right"], len(again)
+
+    _, whole = goes_on(0)
+    assert goes_on(closing - 1)[1] < 0.8 * whole, "open at the cup: closes"
+    assert goes_on(closing, aside_m=-0.05, shut=True)[1] > goes_on(closing - 1)[1], (
+        "rises, opens, comes again"
+    )
+    assert goes_on((closing + opening) // 2)[0] == 0.0, "it does not drop what it holds"
+    assert goes_on(opening - 1)[1] < 0.5 * whole, "in its place: lets go"
+
+
 def thing(x, y, z, speed=0.0, quat=LEVEL) -> Thing:
     return Thing(np.array([x, y, z]), quat, np.array([speed, 0.0, 0.0]))
 

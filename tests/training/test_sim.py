@@ -17,6 +17,7 @@ from simulation.lockstep import Lockstep
 from simulation.tasks.trial import make_trial
 from training import gate
 from training.run import TrainingError
+from training.scripted import moments, read_states
 from training.sim import FULL, SMALL, OutOfTime, Plan, check_gate, checkpoints, choose, shared
 
 # MuJoCo's renderer and torch do not share a process.
@@ -72,6 +73,33 @@ def test_trials_become_states_and_states_become_videos(tmp_path):
         [sys.executable, "-c", SCRIPT, tmp_path], cwd=root(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_expert_takes_over_where_a_policy_went(tmp_path):
+    """Here the policy is an expert's trial; a fallen cup is nobody's to correct."""
+    run = [sys.executable, "-m"]
+    how = ["--policy", "expert", "--robot", "sim_single_marks", "--seeds", "210000", "--no-video"]
+    played = tmp_path / "played"
+    evaluate = [*run, "vipra_ros.cli", "evaluate", "stack_cups_narrow", *how, "--out", played]
+    correct = [*run, "training.scripted", "--workers", "1", "correct", played, "--each", "2"]
+    for command in (evaluate, [*correct, "--out", tmp_path / "states"]):
+        done = subprocess.run(command, cwd=root(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (played / "trials").glob("*.npz")
+    with np.load(path) as data:
+        trial = dict(data)
+    corrections = list(read_states(tmp_path / "states"))
+    assert len(corrections) == 2 and all(c.success and c.seed == 210000 for c in corrections)
+    for correction in corrections:
+        there = np.abs(trial["state"][:, 0, :7] - correction.state[0, :7]).max(1)
+        assert there.min() < 0.05, "it begins where the trial was"
+
+    trial["poses"][5:, 0, 3:] = 0.7071, 0.7071, 0.0, 0.0
+    np.savez_compressed(path, **trial)
+    assert len(moments(path, "stack_cups_narrow", 10)) == 5
+    (played / "settings.json").unlink()
+    done = subprocess.run([*correct, "--out", tmp_path / "none"], cwd=root(), capture_output=True, text=True)
+    assert done.returncode == 2 and "no folder of vipra evaluate" in done.stderr
 
 
 def dots(count: int) -> gate.Seen:

@@ -145,6 +145,33 @@ def test_at_the_gap_free_rate_nothing_starves_as_long_as_nothing_is_refused():
     assert len(lines) > 20 and all(at < end for at, end in zip(arrivals[1:], ends, strict=False))
 
 
+def test_a_hand_that_has_closed_does_not_open_for_two_actions():
+    """Every chunk says: just arriving, closing in two actions. Only the first one is right."""
+
+    class Arriving(ScriptedClient):
+        def submit(self, *asked):
+            number = super().submit(*asked)
+            self._due[-1][1].actions[2:, ~JOINTS] = 0.0
+            return number
+
+    class Hands(Robot):
+        chunks = ()
+
+        def _send(self, seq, chunk):
+            super()._send(seq, chunk)
+            self.chunks += (chunk,)
+
+    def sent(least: int) -> list[list[float]]:
+        config = PolicyConfig(task="stack", gripper_sustained_actions=least)
+        robot = Hands(lambda clock: Arriving(clock, 0.08), config).run(3.0)
+        assert len(robot.chunks) > 5
+        return [chunk.grippers[:3, 0].tolist() for chunk in robot.chunks]
+
+    first, *others = sent(4)
+    assert first == [1.0, 1.0, 0.0] and others == [[0.0, 0.0, 0.0]] * len(others)
+    assert {tuple(openings) for openings in sent(1)} == {(1.0, 1.0, 0.0)}, "as the policy says"
+
+
 def test_most_requests_find_their_earlier_picture_prefetched_pixel_for_pixel():
     robot = simulated(10.0, metadata={"supports_prefetch": True})
     requests, ahead = robot.client.requests, {picture.tobytes() for picture in robot.client.prefetched}

@@ -82,6 +82,22 @@ class Chunk:
         """The chunk cut to its first n actions."""
         return Chunk(self.seq, self.t0, self.rate_hz, self.joints[:n], self.grippers[:n])
 
+    def sustained(self, least: int, before: np.ndarray | None = None) -> "Chunk":
+        """The chunk with hands that open or close (a side of 0.5) for `least` actions in a row or not at all.
+
+        A shorter run, at the chunk's end too, goes on with the opening before it. before: openings [G] when
+        the chunk takes over; None: the first run stands.
+        """
+        openings = self.grippers.copy()
+        for column, hand in enumerate(openings.T):
+            edges = np.flatnonzero(np.diff(hand > 0.5)) + 1
+            last = None if before is None else before[column]
+            for run in np.split(hand, edges):  # views of `openings`
+                if len(run) < least and last is not None and (run[0] > 0.5) != (last > 0.5):
+                    run[:] = last
+                last = run[-1]
+        return Chunk(self.seq, self.t0, self.rate_hz, self.joints, openings)
+
     def index(self, t: float) -> int:
         """Latest action due at t: -1 before the first, H - 1 from the last one on."""
         return int(min(max(math.floor((t - self.t0) * self.rate_hz + 1e-6), -1), len(self) - 1))
