@@ -422,21 +422,23 @@ class Commander:
         return joint_chunk(*given, self._gate.geometry, start, limits.soft_min, limits.soft_max)
 
     def _check_join(self, chunk: Chunk, now: float) -> None:
-        """Raises Rejected for a chunk further from the motion that runs than the arms would take over.
+        """Raises Rejected for a chunk further from the arms' motion or rest than they would take over.
 
-        To the arms that is a fault. One stray sample of a policy need not become one: the running chunk has
-        actions left, and the next answer is asked for at once.
+        To the arms that is a fault. One stray sample of a policy need not become one: the next answer is
+        asked for at once. The first chunk is the arms' to judge: they align to it.
         """
-        if self.chunk is None or self.chunk.end <= now:
+        if self.chunk is None:
             return
-        if chunk.t0 <= now:
-            there, at = self._state_at(now)[~self._hand], now
+        if chunk.t0 <= now or self.chunk.end <= now:
+            there, at = self._state_at(now)[~self._hand], max(now, chunk.t0)
         else:
             there, at = _position(self.chunk, chunk.t0), chunk.t0
         off = float(np.abs(_position(chunk, at) - there).max())
         limit = JOIN_SHARE * self._gate.safety.join.fault_error_rad
         if off > limit:
-            raise Rejected("jump", f"the chunk is {off:.3f} rad from the running motion, limit {limit:.3f}")
+            raise Rejected(
+                "jump", f"the chunk is {off:.3f} rad from where the arms are then, limit {limit:.3f}"
+            )
 
     def _prefetch(self, rgb: np.ndarray, now: float) -> None:
         """Send the newest picture ahead if the next request will show it as o_{t-1} and the server gains.

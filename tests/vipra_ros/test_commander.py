@@ -133,6 +133,19 @@ def test_a_refused_chunk_is_asked_again_at_once_with_other_noise():
     assert requests[5].at - requests[4].at == pytest.approx(0.08, abs=0.021), "as soon as it was refused"
 
 
+def test_a_stray_chunk_is_refused_for_arms_at_rest_too():
+    """Three in a row outlast the running chunk: what comes then must not become a fault of the arms."""
+    robot = simulated(6.0, latency_s=0.25, stray=lambda number: number in (4, 5, 6))
+    lines = robot.lines
+    assert [line["seq"] for line in lines if line["outcome"] == "refused"] == [4, 5, 6]
+    last = max(
+        line["t0"] + line["actions"] / line["rate_hz"] for line in lines if line.get("t0") and line["seq"] < 4
+    )
+    arrived = robot.client.requests[6].at + 0.25
+    assert arrived > last, "the arms had come to rest"
+    assert robot.commander.counts.chunks > 10
+
+
 def test_at_the_gap_free_rate_nothing_starves_as_long_as_nothing_is_refused():
     robot = simulated(20.0, latency_s=0.51, replan_after=14)
     planner, lines = robot.commander.planner, [line for line in robot.lines if line["outcome"] == "sent"]
