@@ -78,7 +78,7 @@ def test_trials_become_states_and_states_become_videos(tmp_path):
 def test_an_expert_takes_over_where_a_policy_went(tmp_path):
     """Here the policy is an expert's trial; a fallen cup is nobody's to correct."""
     run = [sys.executable, "-m"]
-    how = ["--policy", "expert", "--robot", "sim_single_marks", "--seeds", "210000", "--no-video"]
+    how = ["--policy", "expert", "--robot", "sim_single_marks", "--seeds", "210000:210001", "--no-video"]
     played = tmp_path / "played"
     evaluate = [*run, "vipra_ros.cli", "evaluate", "stack_cups_narrow", *how, "--out", played]
     correct = [*run, "training.scripted", "--workers", "1", "correct", played, "--each", "2"]
