@@ -328,10 +328,10 @@ class Commander:
             return Problem(f"the arms refuse chunk {seq}: {code}: {words}", fatal=True)
         return None
 
-    def _count_refusal(self) -> None:
+    def _count_refusal(self, lasting: bool = True) -> None:
         """Ask again at once, and with other noise: the same would answer the same to what hardly changed."""
         self.counts.refused += 1
-        self.counts.in_a_row += 1
+        self.counts.in_a_row += lasting
         self.seed += 1
         self.planner.refused()
 
@@ -376,7 +376,7 @@ class Commander:
                 chunk = self._checked(answer, timing, now)
             except Rejected as error:
                 self._end(answer.seq, "refused", f"{error.code}: {error}", answer)
-                self._count_refusal()
+                self._count_refusal(lasting=error.code != "jump")  # before long the arms rest
                 if self.counts.in_a_row >= GIVE_UP:
                     self.stop(f"{GIVE_UP} chunks in a row were unsafe; the last: {error}", State.STOPPED)
                 continue
@@ -422,10 +422,11 @@ class Commander:
         return joint_chunk(*given, self._gate.geometry, start, limits.soft_min, limits.soft_max)
 
     def _check_join(self, chunk: Chunk, now: float) -> None:
-        """Raises Rejected for a chunk further from the arms' motion or rest than they would take over.
+        """Raises Rejected for a chunk further from where the arms are than they would take over: jump where
+        they move, start where they rest or align.
 
         To the arms that is a fault. One stray sample of a policy need not become one: the next answer is
-        asked for at once. The first chunk is the arms' to judge: they align to it.
+        asked for at once. The first chunk is the arms' to judge.
         """
         if self.chunk is None:
             return
@@ -434,10 +435,13 @@ class Commander:
         else:
             there, at = _position(self.chunk, chunk.t0), chunk.t0
         off = float(np.abs(_position(chunk, at) - there).max())
-        limit = JOIN_SHARE * self._gate.safety.join.fault_error_rad
+        safety = self._gate.safety
+        slowly = self.arms.state == "ALIGNING" or (self.arms.state == "HOLDING" and self.chunk.end <= now)
+        limit = JOIN_SHARE * (safety.start.refuse_error_rad if slowly else safety.join.fault_error_rad)
         if off > limit:
+            where = "the arms" if slowly else "the running motion"
             raise Rejected(
-                "jump", f"the chunk is {off:.3f} rad from where the arms are then, limit {limit:.3f}"
+                "start" if slowly else "jump", f"the chunk is {off:.3f} rad from {where}, limit {limit:.3f}"
             )
 
     def _prefetch(self, rgb: np.ndarray, now: float) -> None:

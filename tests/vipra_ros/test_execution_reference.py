@@ -252,6 +252,29 @@ def test_chunks_that_must_not_run_are_rejected_and_change_nothing():
     reference.add(chunk(1, 0.2), 0.2)
 
 
+def test_arms_that_ran_out_of_actions_align_to_a_chunk_too_far_to_join():
+    reference = Reference(SAFETY, LIMITS, HOME, 0.0)
+    reference.add(chunk(1, 0.0), 0.0)
+    _, first = play(reference, 0.0, 0.7)
+    assert code(lambda: reference.add(chunk(2, 0.7, offset=0.2), 0.7)) == "jump", "not at rest yet"
+    _, second = play(reference, 0.7, 1.2)
+    assert second[-1].done and second[-1].starved
+    rest = second[-1].q
+    assert code(lambda: reference.add(chunk(2, 1.2, path=still(rest + 0.31)), 1.2)) == "start"
+    assert not reference.add(chunk(3, 1.2, path=still(rest + 0.1)), 1.2).aligning, "joined as ever"
+    _, third = play(reference, 1.2, 2.5)
+    rest = third[-1].q
+    assert reference.add(chunk(4, 2.5, path=still(rest + 0.2)), 2.5).aligning
+    _, fourth = play(reference, 2.5, 2.8)
+    assert reference.add(chunk(5, 2.8, path=still(rest + 0.25)), 2.8).aligning, "the next one, on the way"
+    _, fifth = play(reference, 2.8, 5.0)
+    aligning = [s for s in fourth + fifth if s.aligning]
+    assert 0.15 < max(np.abs(s.dq).max() for s in aligning) <= 0.2 + 1e-9
+    np.testing.assert_allclose(fifth[-1].q, rest + 0.25, atol=1e-6)
+    acceleration, jerk = derivatives(first + second + third + fourth + fifth)
+    assert acceleration <= 10 and jerk <= 2500
+
+
 def test_another_commander_starts_slowly_and_with_its_own_numbers_while_the_arms_still_move():
     reference = Reference(SAFETY, LIMITS, HOME, 0.0)
     reference.add(chunk(50, 0.0), 0.0)

@@ -98,7 +98,8 @@ class Reference:
         Raises Rejected: shape; stale (seq not above the last); expired (all of it past); future (t0 too far
         ahead); position, velocity (beyond hard limits); rough (cannot be followed smoothly); jump (further
         from the running reference than `join.fault_error_rad`: hold); start (first chunk, further than
-        `start.refuse_error_rad`).
+        `start.refuse_error_rad`). A chunk for arms that rest, out of actions, is a first one if it is that
+        far: a policy that lost its way may find it again, slowly.
         """
         join, start = self._safety.join, self._safety.start
         if chunk.joints.shape[1] != self._limits.size:
@@ -130,14 +131,15 @@ class Reference:
         size = float(error[joint])
         first = max(0, math.ceil((at - chunk.t0) * chunk.rate_hz - 1e-6))
         text = f"joint {joint + 1} of {len(error)} is {size:.3f} rad from the chunk"
-        if self._fresh:
+        lost = size > join.fault_error_rad and self._out_of_actions(now) and not running[1].any()
+        if self._fresh or lost:
             if size > start.refuse_error_rad:
                 raise Rejected(
                     "start", f"{text}, start limit {start.refuse_error_rad} rad: move closer first"
                 )
             if size >= start.aligned_error_rad:
                 duration = self._align(_Piece(at, curve, chunk), now)
-                self._seq = chunk.seq
+                self._fresh, self._seq = True, chunk.seq
                 return JoinInfo(chunk.seq, now, size, joint, duration, first, True, smoothed)
         elif size > join.fault_error_rad:
             raise Rejected("jump", f"{text}, limit {join.fault_error_rad} rad")
@@ -165,15 +167,14 @@ class Reference:
         due = self._due
         if due and due.grippers.shape[1]:
             self._gripper = due.grippers[due.index(t)]
-        last = len(self._pieces) == 1 and self._target is None
-        over = chunk is None or t >= chunk.end - 1e-9
+        over = self._out_of_actions(t)
         return Sample(
             *state,
             gripper=self._gripper,
             seq=due.seq if due else -1,
             index=due.index(t) if due else -1,
-            starved=bool(last and chunk and over),
-            done=bool(last and over and not state[1].any()),
+            starved=bool(over and chunk),
+            done=bool(over and not state[1].any()),
             aligning=self._target is not None,
         )
 
@@ -187,6 +188,11 @@ class Reference:
         curve = self._decelerate(t, state, deceleration or self._safety.stop.deceleration_rad_s2)
         self._pieces, self._target, self._due = [_Piece(t, curve)], None, None
         return curve.duration
+
+    def _out_of_actions(self, t: float) -> bool:
+        """Nothing is due at `t` or after it."""
+        chunk = self._pieces[0].chunk
+        return len(self._pieces) == 1 and self._target is None and (chunk is None or t >= chunk.end - 1e-9)
 
     def _evaluate(self, t: float) -> State:
         piece = self._pieces[0]
