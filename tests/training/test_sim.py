@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,19 @@ from simulation.tasks.trial import make_trial
 from training import gate
 from training.run import TrainingError
 from training.scripted import moments, read_states
-from training.sim import FULL, SMALL, OutOfTime, Plan, check_gate, checkpoints, choose, shared
+from training.sim import (
+    FULL,
+    SMALL,
+    OutOfTime,
+    Plan,
+    check_gate,
+    checkpoints,
+    choose,
+    corrections,
+    draft,
+    finetune,
+    shared,
+)
 
 # MuJoCo's renderer and torch do not share a process.
 SCRIPT = """
@@ -152,6 +165,26 @@ def test_a_command_ends_with_its_minutes_and_exports_come_in_order(tmp_path):
     (half / "manifest.json").write_text("{}")
     with pytest.raises(TrainingError, match="policy: 1 of 4 checkpoints are there"):
         choose(plan)
+
+
+@pytest.mark.parametrize("count", [80, 0])
+def test_a_draft_learns_without_the_corrections_of_it_and_the_policy_with_them(tmp_path, count, monkeypatch):
+    texts: list[str] = []
+    monkeypatch.setattr(Plan, "run", lambda plan, *command: texts.append(" ".join(map(str, command))))
+    plan = Plan(tmp_path, replace(SMALL, corrections=count), None, 1, None, ignore_gate=True)
+    (tmp_path / "gate.json").write_text(json.dumps(gate.report({"hand": 1.0}, {"hand": 1.0})[0]))
+    draft(plan), corrections(plan), finetune(plan)
+    *before, last = texts
+    assert f"{tmp_path}/demonstrations" in last and (f"{tmp_path}/corrections" in last) == bool(count)
+    assert f"--start {tmp_path}/pretrained" in last and "steps=3750" in last
+    if not count:
+        assert not before
+        return
+    drafted, played, corrected, filmed = before
+    assert f"--out {tmp_path}/draft " in drafted and "steps=1500" in drafted and "corrections" not in drafted
+    assert f"--policy {tmp_path}/draft " in played and "--seeds 210000:210048" in played
+    assert f"correct {tmp_path}/evaluation/draft --each 2" in corrected
+    assert f"film {tmp_path}/states/corrections" in filmed and "--episodes 80" in filmed
 
 
 def test_fewer_videos_keep_their_proportion():
