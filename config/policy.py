@@ -29,4 +29,11 @@ class Policy(Strict):
     max_batch: int = Field(4, ge=1, le=16, description="robots answered in one forward pass")
     sampler: Literal["euler", "heun"] = "euler"
     steps: int = Field(10, ge=1, le=100, description="integration steps (ViPRA section 4.3: 10)")
+    noise_scale: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="of the noise a chunk begins as (ViPRA-FM); below 1: nearer the mean of what was shown, "
+        "0: the same chunk whatever the seed",
+    )
     threads: int | None = Field(None, ge=1, description="torch CPU threads; null: torch's choice")

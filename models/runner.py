@@ -41,11 +41,15 @@ class Runner:
         steps: int = 10,
         cuda_graphs: bool = True,
         counts: tuple[int, ...] = (),
+        noise_scale: float = 1.0,
     ):
-        """bridge: text ids between frames and actions. counts: bins of each dimension, for ViPRA-AR only."""
+        """bridge: text ids between frames and actions. counts: bins of each dimension, for ViPRA-AR only.
+        noise_scale: of the noise that chunks begin as; policies are trained with 1.
+        """
         config, device = policy.config, policy.device
         self.policy, self.vqgan, self.config, self.device = policy, vqgan, config, device
         self.max_batch, self.sampler, self.steps, self.counts = max_batch, sampler, steps, counts
+        self.noise_scale = noise_scale
         self.flow = config.action_heads == "flow"
         self.bridge = torch.tensor(bridge, device=device)
         new_cache = policy.new_cache if self.flow else lambda *sizes: decode.action_cache(policy, *sizes)
@@ -75,6 +79,7 @@ class Runner:
         self.images.host[row].numpy()[...] = images
         generator = torch.Generator().manual_seed(seed)
         torch.randn(self.noise.host.shape[1:], generator=generator, out=self.noise.host[row])
+        self.noise.host[row].mul_(self.noise_scale)
 
     def run(
         self,

@@ -80,6 +80,7 @@ class Engine:
         quantization: str = "none",
         image_encoder: str = "auto",
         progress: Progress | None = None,
+        noise_scale: float = 1.0,
     ):
         """Allocates all buffers on the checkpoint's device.
 
@@ -110,6 +111,7 @@ class Engine:
             steps,
             cuda_graphs,
             self.bins.counts if self.bins else (),
+            noise_scale,
         )
         self._texts: OrderedDict[str, TextPrefix] = OrderedDict()
         self._frames: OrderedDict[tuple[str, bytes], TextPrefix] = OrderedDict()  # by task and image
@@ -169,6 +171,7 @@ class Engine:
             policy.cuda_graphs,
             image_encoder=policy.image_encoder,
             progress=progress,
+            noise_scale=policy.noise_scale,
         )
 
     def warm_up(self) -> float:

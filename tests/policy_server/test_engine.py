@@ -337,6 +337,19 @@ def test_heun_and_more_steps_are_one_setting_away(tmp_path):
     assert np.abs(chunks[1] - chunks[2]).max() < np.abs(chunks[0] - chunks[2]).max()
 
 
+def test_less_noise_leaves_less_to_the_seed(tmp_path):
+    folder = write(tmp_path / "c")
+    requests = [Request(frames(), TASK, seed=seed) for seed in (5, 6)]
+
+    def apart(scale: float) -> float:
+        a, b = (found.actions for found in start(folder, noise_scale=scale).infer(requests))
+        return float(np.abs(a - b).max())
+
+    assert apart(0.0) == 0.0 < apart(0.5) < apart(1.0)
+    with pytest.raises(ValueError, match="noise_scale"):
+        PolicyConfig(checkpoint="c", noise_scale=1.5)
+
+
 def test_bfloat16_answers_close_to_float32(tmp_path):
     folder = write(tmp_path / "c")
     request = Request(frames(), TASK, seed=5)
