@@ -38,6 +38,7 @@ DEVELOPMENT = 300_000  # first of the seeds that choose a checkpoint
 PAIRED = 1000  # first seed of the comparison with Scratch
 HELD_OUT = 0  # first seed of the trials on the whole stack
 LATENCY_MS = 100  # of simulated time for a chunk, in lockstep
+NOISE = 0.0  # that chunks begin as: a fixed draw would carry every trial off to the same side
 STRIDES = (2, 4)  # of stage 1, frames at 15 Hz
 LABEL_STRIDE = 2  # 14 steps are 1.9 s
 PROBE_STEPS = {"cpu": 3000, "cuda": 4000}  # with 400 not even the pixels' probe finds the cups
@@ -365,9 +366,8 @@ def evaluate(plan: Plan) -> None:
 
 def live(plan: Plan) -> None:
     """The policy on the whole stack, in real time: camera, server, ROS 2, arms; with videos."""
-    seeds, out = _seeds(HELD_OUT, plan.scale.held_out), plan.out / "evaluation" / "live"
-    what = ["--policy", plan.out / "policy", "--robot", plan.scale.robot, "--seeds", seeds, "--out", out]
-    plan.run("vipra_ros.cli", "evaluate", plan.scale.task, "--live", *what)
+    seeds = _seeds(HELD_OUT, plan.scale.held_out)
+    _trials(plan, plan.out / "policy", seeds, plan.out / "evaluation" / "live", "--live")
 
 
 def _seeds(first: int, count: int) -> str:
@@ -375,8 +375,15 @@ def _seeds(first: int, count: int) -> str:
 
 
 def _evaluate(plan: Plan, policy: Path, seeds: str, out: Path) -> None:
-    what = ["--policy", policy, "--robot", plan.scale.robot, "--seeds", seeds, "--out", out]
-    how = ["--latency-ms", LATENCY_MS, "--no-video"]
+    _trials(plan, policy, seeds, out, "--latency-ms", LATENCY_MS, "--no-video")
+
+
+def _trials(plan: Plan, policy: Path, seeds: str, out: Path, *how: object) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    served = out / "served.yaml"
+    threads = max((os.cpu_count() or 1) // 2, 1)  # the other half simulates
+    served.write_text(yaml.safe_dump({"checkpoint": str(policy), "threads": threads, "noise_scale": NOISE}))
+    what = ["--policy", served, "--robot", plan.scale.robot, "--seeds", seeds, "--out", out]
     plan.run("vipra_ros.cli", "evaluate", plan.scale.task, *what, *how)
 
 

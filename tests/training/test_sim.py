@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from config.embodiment import Embodiment
 from config.loading import load, root
@@ -182,7 +183,9 @@ def test_a_draft_learns_without_the_corrections_of_it_and_the_policy_with_them(t
         return
     drafted, played, corrected, filmed = before
     assert f"--out {tmp_path}/draft " in drafted and "steps=1500" in drafted and "corrections" not in drafted
-    assert f"--policy {tmp_path}/draft " in played and "--seeds 210000:210048" in played
+    served = tmp_path / "evaluation" / "draft" / "served.yaml"
+    assert f"--policy {served} " in played and "--seeds 210000:210048" in played
+    assert yaml.safe_load(served.read_text())["checkpoint"] == f"{tmp_path}/draft"
     assert f"correct {tmp_path}/evaluation/draft --each 2" in corrected
     assert f"film {tmp_path}/states/corrections" in filmed and "--episodes 80" in filmed
 
