@@ -1,4 +1,4 @@
-# make demo    the whole system on this machine, no robot needed: report in runs/demo/<time>/
+# make demo    the whole system on this machine, no robot needed: reports in runs/demo/<time>/, runs/demo-cups/<time>/
 # make test    the test suite             make train-tiny  all stages at tiny size: runs/train-tiny/summary.json
 # make train-sim  the policy that stacks simulated cups, for one GPU; train-sim-small: for two CPU cores (docs/vipra_sim.md)
 # make lint    format and style          make colcon    build as a ROS 2 package into build/ and install/
@@ -41,6 +41,8 @@ system:
 
 demo: .venv
 	$(BIN)/vipra demo
+	$(BIN)/vipra evaluate stack_cups_narrow --live --policy vipra_sim_small --robot sim_single_marks --seeds 0:3 \
+	  --out runs/demo-cups/$$(date +%Y%m%d-%H%M%S)
 
 # Tests of running processes one at a time, all others on every core.
 test: .venv

@@ -8,6 +8,7 @@ faults. After any abort the arm brakes at a constant rate and holds; it neither 
 
 import contextlib
 import random
+import select
 import socket
 import struct
 import time
@@ -173,6 +174,10 @@ class ArmServer(FrankaRobotServer):
         """Commands in a row that the client of a running motion could have sent and has not."""
         injected = self.faults.silent or self.faults.freeze_state or self.faults.loss > 0.0
         return self._lost if self.current_motion_id > 0 and not injected else 0
+
+    def await_command(self, seconds: float) -> None:
+        """Return once a command has come, or after `seconds` of wall time."""
+        select.select([self._FrankaServer__udp_socket], [], [], seconds)
 
     def moving(self) -> bool:
         """Under a client's control or still braking."""

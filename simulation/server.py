@@ -34,8 +34,10 @@ from simulation.state import Facts, StateError, StateWriter
 from simulation.tasks.trial import make_trial
 from simulation.workcell import build, place_prop, place_props, signature, strip_visuals
 
-PATIENT_FROM = 5  # commands owed from which each further tick waits
-PATIENCE = 0.01  # s; a dead client is still found out after 20 ticks, 0.15 s of wall time
+# s of wall time that a tick waits for a command that is owed. Without it every other command of a client on a
+# busy machine is missed, and as each may change the torque by so much only, the arm swings. A dead client is
+# still found out after 20 ticks, 0.2 s of wall time.
+PATIENCE = 0.01
 CAMERA_PATIENCE = 0.5  # s of wall time for which simulated time stands still for a picture
 CATCH_UP = 0.005  # s: how far behind its deadline the loop may fall before simulated time gives way
 _MODES = {
@@ -344,8 +346,9 @@ def run(options: Options) -> None:
             if simulator.ticks % 5 == 0:
                 control.serve()
             # A busy machine is not a broken cable: a client that fell behind gets wall time, not simulated.
-            if max(arm.owed() for arm in simulator.arms.values()) > PATIENT_FROM:
-                time.sleep(PATIENCE)
+            for arm in simulator.arms.values():
+                if arm.owed():
+                    arm.await_command(PATIENCE)
             _await_camera(simulator, control)
             deadline += TICK
             delay = deadline - time.monotonic()
