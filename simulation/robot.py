@@ -177,7 +177,8 @@ class ArmServer(FrankaRobotServer):
 
     def await_command(self, seconds: float) -> None:
         """Return once a command has come, or after `seconds` of wall time."""
-        select.select([self._FrankaServer__udp_socket], [], [], seconds)
+        if self.udp_connected:  # a client that left in the middle of a motion owes its commands for ever
+            select.select([self._FrankaServer__udp_socket], [], [], seconds)
 
     def moving(self) -> bool:
         """Under a client's control or still braking."""
