@@ -149,15 +149,14 @@ def vector(names: tuple[str, ...], joints: dict[str, np.ndarray], openings: dict
 
 @dataclass(frozen=True)
 class Moment:
-    """How things stood at one time of a policy's trial; arms [A, 8] joints, rad, and opening."""
+    """How things stood at one time of a policy's trial."""
 
-    task: str
     seed: int
-    arms: dict[str, np.ndarray]
+    arms: dict[str, np.ndarray]  # [8] joints, rad, and opening by arm
     poses: dict[str, np.ndarray]  # [7] m and wxyz by object
 
 
-def moments(path: Path, task: str, each: int) -> list[Moment]:
+def moments(path: Path, each: int) -> list[Moment]:
     """Up to `each` moments of a trial `vipra evaluate` left at `path` (seen-<seed>.npz), with every object
     upright on the table or higher.
     """
@@ -169,7 +168,7 @@ def moments(path: Path, task: str, each: int) -> list[Moment]:
     random = np.random.default_rng([seed, 11])
     at = np.flatnonzero(fine)
     return [
-        Moment(task, seed, dict(zip(arms, state[i], strict=True)), dict(zip(objects, poses[i], strict=True)))
+        Moment(seed, dict(zip(arms, state[i], strict=True)), dict(zip(objects, poses[i], strict=True)))
         for i in sorted(random.choice(at, min(each, len(at)), replace=False))
     ]
 
@@ -181,11 +180,12 @@ def correct_trials(folder: Path, task: str, embodiment: str, each: int, paths: l
         return out
     what, names = load(Task, task), load(Embodiment, embodiment).names
     demonstrator, played = None, []
-    for number, moment in enumerate(m for path in paths for m in moments(path, task, each)):
+    for number, moment in enumerate(m for path in paths for m in moments(path, each)):
         trial = make_trial(what, moment.seed, template=None)
         demonstrator = demonstrator or Demonstrator(trial, load(Embodiment, embodiment).rate_hz)
         played.append(correct(moment, trial, demonstrator, names, number))
-    write_shard(out, played)
+    if played:
+        write_shard(out, played)
     return out
 
 

@@ -110,7 +110,7 @@ def test_an_expert_takes_over_where_a_policy_went(tmp_path):
 
     trial["poses"][5:, 0, 3:] = 0.7071, 0.7071, 0.0, 0.0
     np.savez_compressed(path, **trial)
-    assert len(moments(path, "stack_cups_narrow", 10)) == 5
+    assert len(moments(path, 10)) == 5
     (played / "settings.json").unlink()
     done = subprocess.run([*correct, "--out", tmp_path / "none"], cwd=root(), capture_output=True, text=True)
     assert done.returncode == 2 and "no folder of vipra evaluate" in done.stderr
