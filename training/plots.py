@@ -58,6 +58,38 @@ def losses(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]):
     return figure
 
 
+def against_hours(
+    losses: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    errors: Mapping[str, Sequence[tuple[float, float]]],
+    success: Mapping[str, Sequence[tuple[float, float, float, float]]],
+):
+    """Learning curves over hours of training: a panel of losses a run; every policy's held-out action error;
+    success on development seeds (hours, rate, low, high).
+    """
+    figure, axes = plt.subplots(
+        1, len(losses) + 2, figsize=(3.2 * len(losses) + 6.4, 2.8), squeeze=False, constrained_layout=True
+    )
+    *panels, action, rate = axes[0]
+    for ax, (run, lines) in zip(panels, losses.items(), strict=True):
+        for name, points in lines.items():
+            ax.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        ax.set(title=run, yscale="log")
+    for run, points in errors.items():
+        action.plot(*zip(*points, strict=True), "o-", label=run, markersize=3)
+    action.set(title="held-out action error, rad or opening", ylim=(0, None))
+    for run, points in success.items():
+        hours, rates, low, high = np.array(points).T
+        rate.errorbar(hours, rates, (rates - low, high - rates), fmt="o-", label=run, capsize=3, markersize=3)
+    rate.set(title="success, development seeds, 95 %", ylim=(-0.02, 1.02))
+    for ax in axes[0]:
+        ax.set_xlabel("hours of training", fontsize=8)
+        ax.title.set_fontsize(9)
+        ax.tick_params(which="both", labelsize=6)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
+    return figure
+
+
 def tiles(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
     """uint8 pictures [h, w, 3], same size, in rows -> one picture."""
     height, width = rows[0][0].shape[:2]

@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from config.training import VALIDATION_SHARE
-from training.run import TrainingError, summary
+from training.run import TrainingError
 
 # First seeds of trials of the seen split: none that policies are evaluated on (below 100,000).
 VIDEOS, MORE_VIDEOS = 100_000, 120_000
@@ -394,49 +394,9 @@ def _report(folder: Path) -> dict:
 
 def summarise(plan: Plan) -> None:
     """summary.json and curves.png of what there is so far."""
-    found: dict = {"gate": None}
-    if (plan.out / "gate.json").is_file():
-        found["gate"] = json.loads((plan.out / "gate.json").read_text())
-    for run in sorted((plan.out / "runs").glob("*")):
-        found[run.name] = summary(run)[1]
-    keys = ("success_rate", "partial_rate", "interval95")
-    for kind in ("development", "evaluation"):
-        reports = {f.name: _report(f) for f in sorted((plan.out / kind).glob("*"))}
-        found[kind] = {name: {k: r.get(k) for k in keys} for name, r in reports.items() if r}
-    comparison = plan.out / "evaluation" / "comparison" / "comparison.json"
-    if comparison.is_file():
-        found["comparison"] = json.loads(comparison.read_text())
-    (plan.out / "summary.json").write_text(json.dumps(found, indent=1))
-    curves(plan.out)
-    print(json.dumps(found, indent=1))
+    from training import sim_summary
 
-
-def curves(out: Path) -> None:
-    """curves.png: training and held-out losses of every run, and development success by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    runs = sorted(path.parent for path in (out / "runs").glob("*/metrics.jsonl"))
-    figure, axes = plt.subplots(1, len(runs) + 1, figsize=(4 * len(runs) + 4, 3.2), squeeze=False)
-    for axis, run in zip(axes[0], runs, strict=False):
-        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for key in ("loss", "validation/loss", "validation/l1"):
-            points = [(e["step"], e[key]) for e in entries if key in e]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key)
-        axis.set(title=run.name, xlabel="steps", yscale="log")
-        axis.legend()
-    last = axes[0][-1]
-    for report in sorted((out / "development").glob("*-*/report.json")):
-        name, _, step = report.parent.name.rpartition("-")
-        rate = json.loads(report.read_text())["success_rate"]
-        last.plot(int(step), rate, "o", color={"policy": "C0", "scratch": "C1"}.get(name, "C2"))
-    last.set(title="success, development seeds", xlabel="steps", ylim=(0, 1))
-    figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
+    print(json.dumps(sim_summary.write(plan.out), indent=1))
 
 
 STEPS: dict[str, Callable[[Plan], None]] = {

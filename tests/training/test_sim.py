@@ -17,7 +17,7 @@ from config.robot import Robot
 from config.task import Task
 from simulation.lockstep import Lockstep
 from simulation.tasks.trial import make_trial
-from training import gate
+from training import gate, sim_summary
 from training.run import TrainingError
 from training.scripted import moments, read_states
 from training.sim import (
@@ -213,3 +213,28 @@ def test_trials_begin_with_the_hand_in_the_picture(scale):
     column, row = (focal * (seen @ axis) / (seen @ ahead) for axis in (right, np.cross(ahead, right)))
     rows, columns = crop.of(height, width)
     assert rows.start + 5 < height / 2 + row < rows.stop and columns.start < width / 2 + column < columns.stop
+
+
+def test_the_summary_counts_hours_of_training_and_places_checkpoints_there(tmp_path):
+    """3,600 samples at one a second, 1,800 at half of that; time of validation does not count."""
+    run = tmp_path / "runs" / "policy"
+    run.mkdir(parents=True)
+    entries = [
+        {"step": 10, "time": 0, "loss": 2.0, "samples": 3600, "samples_per_s": 1.0},
+        {"step": 20, "time": 9e9, "validation/action_error": 0.1},
+        {"step": 20, "time": 9e9, "loss": 1.0, "samples": 5400, "samples_per_s": 0.5},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)) + '\n{"step": 30, "lo')
+    trials = {"success_rate": 0.5, "partial_rate": 1.0, "interval95": [0.19, 0.81], "trials": []}
+    for folder in ("development/policy-000010", "evaluation/live"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "report.json").write_text(json.dumps(trials))
+    found = sim_summary.write(tmp_path)
+    assert found["policy"]["hours"] == 2.0 and found["policy"]["validation/action_error"] == 0.1
+    assert found["evaluation"] == {"live": {k: v for k, v in trials.items() if k != "trials"}}
+    timed = {"policy": list(sim_summary.timed(run / "metrics.jsonl"))}
+    assert [e["hours"] for e in timed["policy"]] == [1.0, 1.0, 2.0]
+    reports = {"policy-000010": trials, "policy-draft": trials, "scratch-000010": trials}
+    assert sim_summary.success(timed, reports) == {"policy": [(1.0, 0.5, 0.19, 0.81)]}
+    assert json.loads((tmp_path / "summary.json").read_text()) == found
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
