@@ -14,7 +14,7 @@ from simulation import cloth
 from simulation.arm import Arm
 from simulation.tasks.score import Judge, Thing
 from simulation.tasks.trial import Trial
-from simulation.workcell import HAND_WIDTH, HOME, build, place_prop, strip_visuals, top_points
+from simulation.workcell import HAND_WIDTH, HOME, build, place_prop, strip_visuals, top_points, widest
 
 TICK_S = 0.001
 TCP_M = 0.1034  # Franka Hand: from its flange to between the fingertips (Franka documentation)
@@ -171,8 +171,9 @@ def things(model, data, workcell: Workcell) -> dict[str, Thing]:
 def judge_for(trial: Trial) -> Judge:
     """A judge of `trial` that has seen nothing yet."""
     target = trial.task.named("target")
-    kind = next(prop.kind for prop in trial.workcell.props if prop.name == target)
-    return Judge(trial.task, trial.workcell.table.centre_xyz[2], top_points(kind))
+    kinds = {prop.name: prop.kind for prop in trial.workcell.props}
+    radii = {name: widest(kind) for name, kind in kinds.items()}
+    return Judge(trial.task, trial.workcell.table.centre_xyz[2], radii, top_points(kinds[target]))
 
 
 def _hermite(q0, q1, v0, v1, s: float, span: float) -> tuple[np.ndarray, np.ndarray]:

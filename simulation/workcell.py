@@ -113,6 +113,13 @@ def place_prop(model, data, prop: Prop, xy: np.ndarray, yaw: float, table_z: flo
         cloth.place(model, data, prop.name, prop.size_m, xyz, yaw)
 
 
+def widest(kind: str) -> float:
+    """Largest distance, m, of an object's surface from its axis; 0 for a cloth, which has none."""
+    if kind == "cloth":
+        return 0.0
+    return math.hypot(*BOX[:2]) if kind == "box" else max(radius for _, radius, _ in PROFILES[kind])
+
+
 def top_points(kind: str) -> np.ndarray:
     """Points [64, 3] m spread evenly over the top of an object that stands upright, from its base."""
     k = np.arange(64)

@@ -1,13 +1,14 @@
 """Success and partial success from the simulator's truth, as ViPRA scores trials (appendices F and G)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from config.task import Task
 from simulation.cloth import coverage
 
-LIFTED_M = 0.03  # of the moved object's base above the table: it was grasped
+LIFTED_M = 0.03  # of an object's lowest point above the table: it was grasped
 UPRIGHT = 0.94  # cosine of the tilt, 20 degrees
 RESTED_M_S = 0.03  # slower than this is at rest
 GRASPED = {"cup": np.array([0.0, 0.0, 0.07]), "cloth": np.array([0.0, 0.0, 0.02])}  # m, from its base
@@ -16,7 +17,9 @@ CLEAR_M = 0.06  # from the hand's tool centre point to the object's grasped part
 SETTLED_S = 0.5  # so long must everything hold
 # Height of the moved object's base above the target's, m: nested or on the rim; on the bowl's floor or rim.
 _HEIGHT = {"stack": (0.02, 0.10), "pick_place": (-0.01, 0.07), "place_in_bowl": (-0.01, 0.07)}
-_OFFSET = {"stack": 0.015, "pick_place": 0.05, "place_in_bowl": 0.05, "cover": 0.1}  # m, between the axes
+# m, between the axes: over the target, so for a cup on the rim up to the rim's radius; and fallen beside it.
+_OFFSET = {"stack": 0.035, "pick_place": 0.05, "place_in_bowl": 0.05, "cover": 0.1}
+_BESIDE = {"stack": 0.03, "pick_place": 0.1, "place_in_bowl": 0.1, "cover": 0.2}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Thing:
         """Cosine of its tilt."""
         _, x, y, _ = self.quat
         return float(1 - 2 * (x * x + y * y))
+
+    def lowest(self, radius: float) -> float:
+        """At most its lowest point, m, if no part is further than `radius` from its axis."""
+        return float(self.xyz[2] - radius * math.sqrt(max(1 - self.up**2, 0.0)))
 
 
 def things_in(truth: dict) -> dict[str, Thing]:
@@ -54,6 +61,7 @@ class Judge:
 
     task: Task
     table_z: float
+    radii: dict[str, float] = field(default_factory=dict)  # m, by name: no part is further from the axis
     target_top: np.ndarray | None = None  # [k, 3] m from the target's base, spread over its top; for cover
     partial: bool = False
     success: bool = False
@@ -66,15 +74,16 @@ class Judge:
     def update(self, time_s: float, things: dict[str, Thing], tcp_xyz: np.ndarray) -> None:
         """things: by name; tcp_xyz [3]: tool centre point of the picking arm, m, world."""
         moved, target = things[self.task.named("moved")], things[self.task.named("target")]
-        height = moved.xyz[2] - self.table_z
-        lifted = height > LIFTED_M
+        right = {self.task.named("moved")}
+        if self.task.holder:  # who may lift the target too
+            right.add(self.task.named("target"))
+        lifted = self._lifted(self.task.named("moved"), moved)
         if lifted:
             self.partial = True
         elif not self.partial:
-            others = [t for name, t in things.items() if name != self.task.named("moved")]
-            self.wrong_object |= any(t.xyz[2] - self.table_z > LIFTED_M for t in others)
+            self.wrong_object |= any(self._lifted(n, t) for n, t in things.items() if n not in right)
         done = self._placed(moved, target, tcp_xyz)
-        beside = np.hypot(*(moved.xyz - target.xyz)[:2]) > 2 * _OFFSET[self.task.kind]
+        beside = np.hypot(*(moved.xyz - target.xyz)[:2]) > _BESIDE[self.task.kind]
         if self._aloft and not lifted and beside:
             self.drops += 1
         self._aloft = lifted
@@ -84,6 +93,10 @@ class Judge:
             self._held_since = time_s
         elif time_s - self._held_since >= SETTLED_S and not self.success:
             self.success, self.success_s = True, time_s
+
+    def _lifted(self, name: str, thing: Thing) -> bool:
+        """No part of it is on the table: a cup on its side has its base's centre 3 cm above."""
+        return thing.lowest(self.radii.get(name, 0.0)) - self.table_z > LIFTED_M
 
     def _placed(self, moved: Thing, target: Thing, tcp_xyz: np.ndarray) -> bool:
         if self.task.kind == "cover":

@@ -8,6 +8,7 @@ from config.task import Task
 from simulation.demonstrate import Demonstrator
 from simulation.tasks.score import SETTLED_S, Judge, Thing
 from simulation.tasks.trial import make_trial
+from simulation.workcell import widest
 
 TASKS = ("stack_cups", "pick_place", "place_in_bowl", "cover_object")
 LEVEL = np.array([1.0, 0.0, 0.0, 0.0])
@@ -110,7 +111,7 @@ def thing(x, y, z, speed=0.0, quat=LEVEL) -> Thing:
 
 
 def judged(moved: Thing, target: Thing, hand=(0.0, 0.0, 1.4), other: Thing | None = None) -> Judge:
-    judge = Judge(load(Task, "stack_cups"), TOP)
+    judge = Judge(load(Task, "stack_cups"), TOP, dict.fromkeys(("cup_a", "cup_b", "cup_c"), widest("cup")))
     things = {"cup_a": moved, "cup_b": target, "cup_c": other or thing(0.6, 0.2, TOP)}
     for t in np.arange(0.0, SETTLED_S + 0.2, 0.05):
         judge.update(t, things, np.array(hand))
@@ -121,9 +122,10 @@ def test_only_a_rested_released_upright_stack_counts():
     base = thing(0.5, 0.0, TOP)
     stacked = judged(thing(0.505, 0.0, TOP + 0.04), base)
     assert stacked.success and stacked.partial and stacked.success_s >= SETTLED_S
+    assert judged(thing(0.527, 0.0, TOP + 0.09), base).success, "on the rim, as seen in a policy's trial"
     tipped = np.array([np.cos(0.4), np.sin(0.4), 0.0, 0.0])
     for why, moved, hand in (
-        ("beside", thing(0.55, 0.0, TOP + 0.04), (0.0, 0.0, 1.4)),
+        ("beside", thing(0.56, 0.0, TOP + 0.04), (0.0, 0.0, 1.4)),
         ("on the table", thing(0.5, 0.1, TOP), (0.0, 0.0, 1.4)),
         ("hovering high", thing(0.5, 0.0, TOP + 0.2), (0.0, 0.0, 1.4)),
         ("moving", thing(0.5, 0.0, TOP + 0.04, speed=0.1), (0.0, 0.0, 1.4)),
@@ -139,3 +141,15 @@ def test_lifting_another_object_first_is_noted_and_lifting_the_right_one_is_part
     assert wrong.wrong_object and not wrong.partial and not wrong.success
     right = judged(thing(0.4, 0.1, TOP + 0.1), base)
     assert right.partial and not right.success and not right.wrong_object
+
+
+@pytest.mark.parametrize("kind, height", [("cup", 0.0349), ("can", 0.033), ("jar", 0.036), ("box", 0.04)])
+def test_an_object_on_its_side_was_not_lifted(kind, height):
+    """Its base's centre is above the table then, here as high as in a policy's trials."""
+    judge = Judge(load(Task, "stack_cups"), TOP, dict.fromkeys(("cup_a", "cup_b", "cup_c"), widest(kind)))
+    lying = np.array([np.sqrt(0.5), np.sqrt(0.5), 0.0, 0.0])
+    moved, other = (thing(x, y, TOP + height, quat=lying) for x, y in ((0.4, 0.1), (0.6, 0.2)))
+    for t in np.arange(0.0, 1.0, 0.1):
+        things = {"cup_a": moved, "cup_b": thing(0.5, 0.0, TOP), "cup_c": other}
+        judge.update(t, things, np.array([0.0, 0.0, 1.4]))
+    assert not judge.partial and not judge.wrong_object and not judge.drops
