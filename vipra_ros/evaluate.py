@@ -14,11 +14,11 @@ from config.robot import PolicyClient as PolicyConfig
 from config.task import Task
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
-from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Result, write_atomically
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Result, trial_settings, write_atomically
 
 EXPERT = "expert"
 CACHE = Path.home() / ".cache" / "vipra_ros"
-_SHOWN = {"mode", "anchor", "action_rate_hz", "replan_after", "min_cycle_s"}
+_SHOWN = {"mode", "anchor", "action_rate_hz", "replan_after", "min_cycle_s", "gripper_sustained_actions"}
 _NO_USE = {  # way of evaluating -> option that it does not follow, and why
     "--operator": {
         "preset": "it is the bring-up's: vipra up ... preset:=3.5hz",
@@ -128,10 +128,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{name} has workcell {robot.workcell}{'' if robot.simulation else ', not simulated'}: "
             f"{task.name} needs a simulated robot in workcell {task.workcell}"
         )
-    settings = {
-        "task": task.name,
+    settings = trial_settings(task, limit_s, robot.safety) | {
         "policy": given.policy,
-        "time_limit_s": limit_s,
         "trials": "whole stack in real time, simulated" if given.live else "lockstep simulation",
         "robot": name,
     }

@@ -42,6 +42,12 @@ def compare(path_a: Path, path_b: Path) -> Comparison:
             raise EvaluationError(
                 f"{name} differs: {a[name]} in {path_a}, {b[name]} in {path_b}: only the same trials compare"
             )
+    scenes = [report.get("settings", {}).get("scene") for report in (a, b)]
+    if all(scenes) and scenes[0] != scenes[1]:
+        raise EvaluationError(
+            f"{a['task']} was another task or workcell file in {path_a} than in {path_b}: the same seeds are "
+            "other trials: evaluate both again with one of them"
+        )
     trials_a, trials_b = _by_trial(a, path_a), _by_trial(b, path_b)
     splits = [sorted({split for split, _ in trials}) for trials in (trials_a, trials_b)]
     if splits[0] != splits[1]:
@@ -57,6 +63,12 @@ def compare(path_a: Path, path_b: Path) -> Comparison:
         ]
         raise EvaluationError(f"seeds differ: {'; '.join(only)}: evaluate both on the same --seeds")
     keys = sorted(trials_a)
+    for key in keys:
+        said = [trials[key].get("instruction") for trials in (trials_a, trials_b)]
+        if all(said) and said[0] != said[1]:
+            raise EvaluationError(
+                f"{_name(key)} was {said[0]!r} in {path_a}, {said[1]!r} in {path_b}: they do not compare"
+            )
     only_a, only_b = _discordant(trials_a, trials_b, keys, "success")
     partial_a, partial_b = _discordant(trials_a, trials_b, keys, "partial")
     return Comparison(

@@ -6,11 +6,17 @@ DIR/trials/seen-0012.npz .mp4 .jpg
 DIR/void.jsonl                  trials that do not count, and why
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from config.loading import load
+from config.safety import Safety
+from config.task import Task
+from config.workcell import Workcell
 
 GIVE_UP = 3  # attempts at one trial
 
@@ -46,13 +52,14 @@ class Result:
     interventions: int  # safety holds and faults in simulation, the operator's at the robot
     ended: str  # success, time limit, expert finished, operator, aborted, or stopped: why
     instruction: str = ""
-    wrong_object: bool = False  # another object was lifted first
-    drops: int = 0  # the object was lifted and came down beside its place: each makes a retry
+    # None, from here on: nobody measured it, as at the robot.
+    wrong_object: bool | None = None  # another object was lifted first
+    drops: int | None = None  # the object was lifted and came down beside its place: each makes a retry
     jerk_rms: float | None = None  # rad/s^3
     spectral_arc_length: float | None = None
-    chunks: int = 0  # executed, at least in part
-    refused: int = 0  # chunks that a safety check refused
-    limited: dict[str, int] = field(default_factory=dict)  # joint targets the safety checks changed, by kind
+    chunks: int | None = None  # executed, at least in part
+    refused: int | None = None  # chunks that a safety check refused
+    limited: dict[str, int] | None = None  # joint targets the safety checks changed, by kind
     note: str = ""
     real_time_factor: float | None = None  # simulated seconds a second, on the running stack
     latency_ms: float | None = None  # median of its newest requests, simulated time
@@ -75,6 +82,19 @@ class Holds:
         now = code if state == "HOLDING" else ""
         self.count += now != self._before and now not in self.PAUSES
         self._before = now
+
+
+def trial_settings(task: Task, limit_s: float, safety: str) -> dict:
+    """What makes a seed the same trial everywhere. `scene` changes with what the task and its workcell say of
+    objects, places, looks and words; `limits` with the safety limits.
+    """
+    scene = [task.model_dump(mode="json", exclude={"protocol"}), load(Workcell, task.workcell).model_dump()]
+    limits = load(Safety, safety).model_dump(mode="json")
+    return {"task": task.name, "time_limit_s": limit_s, "scene": _digest(scene), "limits": _digest(limits)}
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Ledger:
@@ -118,10 +138,6 @@ class Ledger:
     def write(self, result: Result) -> None:
         """From now on the trial counts."""
         write_atomically(self.file(result.key, ".json"), json.dumps(asdict(result), indent=2) + "\n")
-
-    def reopen(self, key: Key) -> None:
-        """The trial no longer counts (an operator's wrong key); its video and trajectory stay."""
-        self.file(key, ".json").unlink(missing_ok=True)
 
     def void(self, key: Key, reason: str) -> None:
         """Note that an attempt does not count, and remove what it left."""

@@ -4,6 +4,7 @@ Only `run` and `GraphRig` import ROS, when called.
 """
 
 import codecs
+import math
 import os
 import queue
 import select
@@ -24,7 +25,7 @@ from config.workcell import Workcell
 from simulation.tasks.trial import Trial, make_trial
 from vipra_ros.evaluation import operator, smoothness
 from vipra_ros.evaluation import report as reports
-from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, trial_settings
 from vipra_ros.evaluation.operator import Do, Phase, Session
 from vipra_ros.report.video import Video, jpeg
 
@@ -35,7 +36,11 @@ SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
 SILENT_S = 3.0  # wall time without a node's status, which comes at 10 Hz and more: the node is gone
 WAITING_S = 2.0  # of the arms' time that a policy may wait, for a lease say, before the trial is void
-NOT_ITS_DOING = ("no policy server", "the arms node has fallen silent")  # beginnings of a policy's reason
+NOT_ITS_DOING = (  # beginnings of a policy's reason
+    "no policy server",
+    "the policy server refuses: inference_failed",
+    "the arms node has fallen silent",
+)
 LATCHED = ("FAULT", "STOPPED", "STOPPING")
 POLL_S = 0.05
 SMOOTHNESS = {
@@ -119,16 +124,15 @@ def drive(
                 elif do is Do.NOTE:
                     session = operator.noted(session, ask())
                 elif do is Do.REOPEN:
-                    result = next((r for r in ledger.results() if r.key == session.key), None)
-                    ledger.reopen(session.key)
-                    if result:
-                        smooth = {name: getattr(result, name) for name in SMOOTHNESS}
-                        measured.setdefault(session.key, smooth)
-                        session = operator.reopened(session, result)
+                    result = next(r for r in ledger.results() if r.key == session.key)
+                    smooth = {name: getattr(result, name) for name in SMOOTHNESS}
+                    measured.setdefault(session.key, smooth)
+                    session = operator.reopened(session, result)
                 elif do is Do.LEAVE:
                     return session
-                elif do is Do.KEEP:
-                    _keep(session, trials, ledger, measured)
+                elif do is Do.KEEP:  # the trial that `operator.press` has just left
+                    scored = operator.replace(session, at=session.trials.index(session.done[-1]))
+                    _write(scored, trials, ledger, measured)
             if before.phase is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
                 joints = rig.save(ledger, before.key)
                 measured[before.key] = {name: of(joints, SAMPLE_HZ) for name, of in SMOOTHNESS.items()}
@@ -140,12 +144,25 @@ def drive(
                 tell(session.hint)
                 session = operator.replace(session, hint="")
     except KeyboardInterrupt:
-        if session.phase is Phase.RUNNING:
-            stop(rig, tell)
-            rig.discard()
-            ledger.void(session.key, "interrupted")
+        _break_off(session, trials, ledger, rig, measured, tell)
         raise
+    _break_off(session, trials, ledger, rig, measured, tell)
     return session
+
+
+def _break_off(
+    session: Session, trials: dict, ledger: Ledger, rig: Rig, measured: dict, tell: Callable[[str], None]
+) -> None:
+    """The keys ended or an interrupt came: a given score counts, and nothing ends without a line."""
+    if session.phase is Phase.RUNNING:
+        stop(rig, tell)
+        rig.discard()
+        ledger.void(session.key, "interrupted")
+    elif session.phase is Phase.SCORED:
+        _write(session, trials, ledger, measured)
+        tell(f"{session.key} is kept as {session.score}")
+    elif session.phase is Phase.SCORE and ledger.missing([session.key]):  # else it was reopened: it stands
+        ledger.void(session.key, "interrupted before it was scored")
 
 
 def stop(rig: Rig, tell: Callable[[str], None]) -> bool:
@@ -170,11 +187,10 @@ def halt(rig: Rig, tell: Callable[[str], None]) -> bool:
     return False
 
 
-def _keep(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, dict]) -> None:
-    """Write the result of the trial that `operator.press` has just left."""
-    scored = operator.replace(session, at=session.trials.index(session.done[-1]))
-    result = scored.result(trials[scored.key].instruction)
-    ledger.write(operator.replace(result, **measured.get(scored.key, {})))
+def _write(session: Session, trials: dict, ledger: Ledger, measured: dict[Key, dict]) -> None:
+    """The result of the present trial, which is scored."""
+    result = session.result(trials[session.key].instruction)
+    ledger.write(operator.replace(result, **measured.get(session.key, {})))
 
 
 def prompt(session: Session, trials: dict[Key, Trial]) -> str:
@@ -194,13 +210,18 @@ def prompt(session: Session, trials: dict[Key, Trial]) -> str:
 
 
 def placing(trial: Trial) -> list[str]:
-    """Where each object goes: its colour and kind, and its place on the table in `world`, in cm."""
+    """Where each object goes: its looks and kind, and its place on the table in `world`."""
     words = {colour.rgb: colour.word for colour in getattr(trial.task, trial.split).colours}
     words |= {thing.colour.rgb: thing.colour.word for thing in trial.task.objects if thing.colour}
-    return [
-        f"{words.get(prop.rgb, '')} {prop.kind}: x {100 * prop.xy[0]:.0f} cm, y {100 * prop.xy[1]:.0f} cm"
-        for prop in trial.workcell.props
-    ]
+    lines = []
+    for prop, yaw in zip(trial.workcell.props, trial.yaws_rad, strict=True):
+        looks = [prop.pattern] if prop.pattern != "plain" else []
+        looks += [word] if (word := words.get(prop.rgb)) else []
+        size = f" of {100 * prop.size_m:.0f} cm" if prop.kind == "cloth" else ""
+        turned = f", turned by {math.degrees(yaw):.0f}°" if prop.kind in ("box", "cloth") else ""  # not round
+        place = f"x {100 * prop.xy[0]:.0f} cm, y {100 * prop.xy[1]:.0f} cm{turned}"
+        lines.append(f"{' '.join([*looks, prop.kind])}{size}: {place}")
+    return lines
 
 
 class Listener:
@@ -440,14 +461,8 @@ def run(
             10.0,
             "the policy node's connection to a policy server: is one served (vipra serve)?",
         )
-        settings = {
-            "task": task.name,
-            "policy": policy,
-            "time_limit_s": limit_s,
-            "trials": "by an operator",
-            "robot": robot,
-            **evaluated,
-        }
+        played_by = {"policy": policy, "trials": "by an operator", "robot": robot}
+        settings = trial_settings(task, limit_s, load(Robot, robot).safety) | played_by | evaluated
         ledger = Ledger(out, settings)
         done = frozenset(result.key for result in ledger.results())
         session = Session.resume(tuple(wanted), limit_s, done)
@@ -462,7 +477,7 @@ def run(
             try:
                 session = drive(session, trials, ledger, rig, heard, tell, ask or heard.line, time.monotonic)
             except KeyboardInterrupt:
-                tell("interrupted: the trial that ran does not count")
+                tell("interrupted: a trial that ran does not count")
             finally:
                 stop(rig, tell)
                 rig.discard()

@@ -37,14 +37,17 @@ from vipra_ros.safety.supervisor import Supervisor
 
 PERIOD_S = REFERENCE_TICKS * TICK_S  # of the reference, 5 ms
 ASK_EVERY = 2  # reference ticks between two looks at the policy's side, as the policy node's timer
-VOID = ("disconnected", "timeout", "not_sent", "shutting_down")  # a server that is not there any more
+# Why there is no chunk, where that is not the policy's doing.
+VOID = dict.fromkeys(("disconnected", "timeout", "not_sent", "shutting_down"), "is gone")
+VOID["inference_failed"] = "fails"  # out of GPU memory, say
 _SERVER_S = 60.0  # wall time a request may take
 
 
 class Waiting:
     """A policy client whose answers come within the moment of simulated time they were asked in.
 
-    alive: raises when the server's process has ended. Raises Void when the server is gone.
+    alive: raises when the server's process has ended or serves another policy. Raises Void when the server
+    is gone or fails.
     """
 
     def __init__(self, client: PolicyClient, alive: Callable[[], None] = lambda: None):
@@ -57,9 +60,11 @@ class Waiting:
 
     def hello(self, timeout_s: float = 0.0) -> protocol.Metadata:
         try:
-            return self._client.hello(timeout_s)
+            metadata = self._client.hello(timeout_s)
         except ServerUnavailable as error:
             raise Void(f"the policy server is gone: {error}") from error
+        self._alive()
+        return metadata
 
     def submit(self, *arguments, **options) -> int:
         """Waits for the answer, lest a slow one make what was heard before it look old to the commander."""
@@ -70,7 +75,7 @@ class Waiting:
                 self._alive()
         for answer in self._answers:
             if isinstance(answer, protocol.Error) and answer.code in VOID:
-                raise Void(f"the policy server is gone: {answer.message}")
+                raise Void(f"the policy server {VOID[answer.code]}: {answer.message}")
         return seq
 
     def poll(self) -> list[protocol.Chunk | protocol.Error]:

@@ -33,7 +33,7 @@ class Do(enum.Enum):
     STOP = "stop the policy; the arms decelerate and hold"
     HALT = "stop the arms at once and latch"
     KEEP = "write `score`: the trial counts"
-    REOPEN = "the trial `key` no longer counts"
+    REOPEN = "the trial `key` is scored again; until that is kept it counts as it was"
     NOTE = "ask for a line of text and give it to `noted`"
     LEAVE = "end; the same command goes on here"
 
@@ -65,6 +65,7 @@ class Session:
     interventions: int = 0  # the operator stopped the arms, or aborted
     faults: int = 0  # the arms stopped by themselves
     score: str | None = None
+    ended: str = "operator"  # what ended the trial, where that was not the operator's success or abort
     note: str = ""
     hint: str = ""
 
@@ -80,7 +81,7 @@ class Session:
 
     def result(self, instruction: str) -> Result:
         """The present trial's, once it is scored."""
-        stopped = "aborted" if self.score == "aborted" else "operator"
+        stopped = "aborted" if self.score == "aborted" else self.ended
         return Result(
             seed=self.key.seed,
             split=self.key.split,
@@ -102,7 +103,8 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
     if session.phase is Phase.SET_UP:
         if key in ENTER:
             running = started(replace(session, phase=Phase.RUNNING), now)
-            return replace(running, interventions=0, faults=0, score=None, note=""), [Do.START]
+            fresh = {"interventions": 0, "faults": 0, "score": None, "note": "", "ended": "operator"}
+            return replace(running, **fresh), [Do.START]
         if key == "u":
             return _reopen(session)
         if key == "q":
@@ -141,8 +143,12 @@ def started(session: Session, now: float) -> Session:
 def tick(session: Session, now: float) -> tuple[Session, list[Do]]:
     """Time passes: a trial that reaches its limit is stopped and waits for its score."""
     if session.phase is Phase.RUNNING and now - session.started_s >= session.limit_s:
-        hint = f"time limit {session.limit_s:g} s"
-        return replace(session, phase=Phase.SCORE, seconds=session.limit_s, hint=hint), [Do.STOP]
+        over = {
+            "seconds": session.limit_s,
+            "ended": "time limit",
+            "hint": f"time limit {session.limit_s:g} s",
+        }
+        return replace(session, phase=Phase.SCORE, **over), [Do.STOP]
     return session, []
 
 
@@ -150,8 +156,8 @@ def faulted(session: Session, reason: str, now: float) -> Session:
     """The arms or the policy stopped by themselves."""
     if session.phase is not Phase.RUNNING:
         return session
-    seconds, faults = now - session.started_s, session.faults + 1
-    return replace(session, phase=Phase.SCORE, seconds=seconds, faults=faults, hint=reason)
+    told = {"faults": session.faults + 1, "ended": f"stopped: {reason}", "hint": reason}
+    return replace(session, phase=Phase.SCORE, seconds=now - session.started_s, **told)
 
 
 def void(session: Session, reason: str) -> Session:
@@ -160,9 +166,11 @@ def void(session: Session, reason: str) -> Session:
 
 
 def reopened(session: Session, result: Result) -> Session:
-    """The trial that `Do.REOPEN` took back is to be scored again: what else is known of it."""
+    """The trial of `Do.REOPEN` is to be scored again: what else is known of it."""
     stops = result.interventions - (result.ended == "aborted")
-    return replace(session, seconds=result.seconds, interventions=stops, faults=0, note=result.note)
+    ended = "operator" if result.ended in ("success", "aborted") else result.ended
+    known = {"seconds": result.seconds, "interventions": stops, "note": result.note, "ended": ended}
+    return replace(session, faults=0, **known)
 
 
 def noted(session: Session, text: str) -> Session:

@@ -57,9 +57,9 @@ def _rates(results: Sequence[Result]) -> dict:
         "partial_interval95": [round(p, 4) for p in clopper_pearson(partials, count)],
         "seconds_to_success": {"median": _median(times), "worst": max(times, default=None)},
         "interventions": sum(r.interventions for r in results),
-        "drops": sum(r.drops for r in results),
-        "wrong_object": sum(r.wrong_object for r in results),
-        "refused_chunks": sum(r.refused for r in results),
+        "drops": _sum([r.drops for r in results]),
+        "wrong_object": _sum([r.wrong_object for r in results]),
+        "refused_chunks": _sum([r.refused for r in results]),
         "jerk_rms": _mean([r.jerk_rms for r in results]),
         "spectral_arc_length": _mean([r.spectral_arc_length for r in results]),
     }
@@ -83,6 +83,12 @@ def _failures(results: Sequence[Result]) -> dict[str, int]:
             why = "never grasped"
         found[why] = found.get(why, 0) + 1
     return found
+
+
+def _sum(values: list[int | None]) -> int | None:
+    """None where nobody measured it."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _median(values: list[float]) -> float | None:
@@ -154,7 +160,7 @@ def _page(
                 (report["count"], "trials that count"),
                 ("-" if seconds is None else f"{seconds:.1f} s", "median time to success"),
                 (report["interventions"], "interventions"),
-                (report["drops"], "drops, each followed by a retry or the end"),
+                (_count(report["drops"]), "drops, each followed by a retry or the end"),
                 (_number(report["jerk_rms"]), "jerk rms of measured joints, rad/s³"),
             ]
         ),
@@ -169,7 +175,7 @@ def _page(
                     " to ".join(map(_percent, rates["interval95"])),
                     _percent(rates["partial_rate"]),
                     _number(rates["seconds_to_success"]["median"]),
-                    rates["drops"],
+                    _count(rates["drops"]),
                     _number(rates["jerk_rms"]),
                 ]
                 for split, rates in report["splits"].items()
@@ -249,6 +255,10 @@ def _head(names: Sequence[str]) -> str:
 
 def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.1f} %"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _number(value: float | None) -> str:

@@ -51,10 +51,21 @@ class Server:
         client = PolicyClient(self.address, timeout_s=ANSWER_S, embodiment=self._embodiment)
         self._resources.callback(client.close)
         try:
-            self.metadata = client.hello(READY_S)
+            found = client.hello(READY_S)
         except ServerUnavailable as error:
             raise EvaluationError(f"no policy server: {error}") from error
-        self.client = client
+        self._confirm(found)
+        self.client, self.metadata = client, found
+
+    def _confirm(self, found: Metadata) -> None:
+        """Raises EvaluationError for another policy than the first one: trials of both do not mix."""
+        for name in ("model", "checkpoint"):
+            known, now = getattr(self.metadata or found, name), getattr(found, name)
+            if now != known:
+                raise EvaluationError(
+                    f"the server now has {name} {now!r}, this evaluation's is {known!r}: serve that one and "
+                    "give the same command again"
+                )
 
     @property
     def lost(self) -> bool:
@@ -62,12 +73,14 @@ class Server:
         return all(child.returncode() is not None for child in self._children)
 
     def check(self) -> None:
-        """Raises Void when the process has ended."""
+        """Raises Void when the process has ended, EvaluationError when another policy is served."""
         try:
             for child in self._children:
                 child.check()
         except ProcessError as error:
             raise Void(in_a_line(error)) from error
+        if self.client.metadata is not None:  # None while it looks for the server again
+            self._confirm(self.client.metadata)
 
     def _served(self) -> str:
         """What `vipra serve` is given; a checkpoint folder gets a policy file of its own."""

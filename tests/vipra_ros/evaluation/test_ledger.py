@@ -7,9 +7,20 @@ import re
 import numpy as np
 import pytest
 
+from config.loading import load
+from config.task import Task
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
-from vipra_ros.evaluation.ledger import GIVE_UP, EvaluationError, Key, Ledger, Result, Void, run_trials
+from vipra_ros.evaluation.ledger import (
+    GIVE_UP,
+    EvaluationError,
+    Key,
+    Ledger,
+    Result,
+    Void,
+    run_trials,
+    trial_settings,
+)
 from vipra_ros.report.video import jpeg
 
 SETTINGS = {"task": "stack_cups", "policy": "mine", "time_limit_s": 30.0, "latency_ms": 100.0}
@@ -144,16 +155,39 @@ def test_two_policies_are_compared_on_the_same_trials(tmp_path):
     [
         ("ssf", {"task": "pick_place"}, "seen", "task differs: stack_cups in .* pick_place in"),
         ("ssf", {"time_limit_s": 60.0}, "seen", r"time_limit_s differs: 30\.0"),
+        ("ssf", {"scene": "bbbb"}, "seen", "stack_cups was another task or workcell file in .*a than in .*b"),
         ("ssf", {}, "unseen", r"splits differ: \['seen'\] in .* \['unseen'\]"),
         ("ssff", {}, "seen", "seeds differ: seen 3 only in .*b: evaluate both"),
     ],
 )
 def test_what_differs_between_evaluations_is_named(tmp_path, outcomes, settings, split, error):
-    reports.write(evaluated(tmp_path / "a", "ssf"), SETTINGS)
-    other = SETTINGS | settings
+    one = SETTINGS | ({"scene": "aaaa"} if "scene" in settings else {})
+    reports.write(evaluated(tmp_path / "a", "ssf", one), one)
+    other = one | settings
     reports.write(evaluated(tmp_path / "b", outcomes, other, split), other)
     with pytest.raises(EvaluationError, match=error):
         compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_other_words_for_a_seed_are_another_trial(tmp_path):
+    for name, words in (("a", "stack red on blue"), ("b", "stack blue on red")):
+        ledger = Ledger(tmp_path / name, SETTINGS)
+        ledger.write(Result(0, "seen", True, True, 9.0, 0, "success", instruction=words))
+        reports.write(ledger, SETTINGS)
+    with pytest.raises(EvaluationError, match=r"seen 0 was 'stack red on blue' in .* 'stack blue on red' in"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_task_that_was_edited_is_another_scene_but_its_protocol_is_only_words(tmp_path):
+    task = load(Task, "stack_cups")
+    settings = trial_settings(task, 30.0, "fr3")
+    protocol = task.protocol.model_copy(update={"reset": "Step back."})
+    assert trial_settings(task.model_copy(update={"protocol": protocol}), 30.0, "fr3") == settings
+    wider = trial_settings(task.model_copy(update={"clearance_m": 0.2}), 30.0, "fr3")
+    assert {name for name in settings if settings[name] != wider[name]} == {"scene"}
+    Ledger(tmp_path, settings)
+    with pytest.raises(EvaluationError, match="holds an evaluation with scene"):
+        Ledger(tmp_path, wider)
 
 
 def test_what_is_no_report_is_named(tmp_path):

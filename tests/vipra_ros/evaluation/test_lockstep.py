@@ -6,11 +6,17 @@ MuJoCo renders, so everything runs in processes of its own.
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vipra_ros.evaluation.ledger import Key, Ledger
+from config.embodiment import Embodiment
+from config.loading import load
+from policy_server import protocol
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Void
+from vipra_ros.evaluation.lockstep import Waiting
+from vipra_ros.evaluation.server import Server
 from vipra_ros.process import free_port
 
 # Seed 1 after seed 0, then alone on a new stage: the shipped policy, its own server.
@@ -119,6 +125,41 @@ def test_a_trial_whose_server_is_killed_is_void_and_repeated(tmp_path):
     assert void["seed"] == 1 and "the policy server is gone" in void["reason"]
     state = np.load(ledger.file(Key("seen", 1), ".npz"))["state"]
     assert state[-1, 0, 0] - state[0, 0, 0] == pytest.approx(0.002 * 13, abs=0.004)  # one chunk of 14 actions
+
+
+class Answering:
+    """A client whose server answers every request with `outcome`."""
+
+    def __init__(self, metadata, outcome=None):
+        self.metadata, self._outcome = metadata, outcome
+
+    def hello(self, timeout_s):
+        return self.metadata
+
+    def submit(self, *_, **__):
+        return self._outcome.seq
+
+    def poll(self, timeout_s):
+        return [self._outcome]
+
+
+def test_a_trial_that_another_checkpoint_would_play_is_not_begun(tmp_path):
+    server = Server("tcp://127.0.0.1:1", load(Embodiment, "franka_single"), tmp_path)
+    server.metadata = SimpleNamespace(model="vipra_sim", checkpoint="aaaa")
+    server.client = Answering(SimpleNamespace(model="vipra_sim", checkpoint="bbbb"))
+    with pytest.raises(EvaluationError, match="now has checkpoint 'bbbb', this evaluation's is 'aaaa'"):
+        Waiting(server.client, server.check).hello()
+    server.client.metadata = server.metadata
+    assert Waiting(server.client, server.check).hello().checkpoint == "aaaa"
+
+
+def test_a_server_that_fails_voids_the_trial_and_a_chunk_of_nonsense_does_not():
+    failed = protocol.Error(seq=3, code="inference_failed", message="out of memory")
+    with pytest.raises(Void, match="the policy server fails: out of memory"):
+        Waiting(Answering(None, failed)).submit()
+    nonsense = protocol.Error(seq=3, code="non_finite", message="NaN")
+    client = Waiting(Answering(None, nonsense))
+    assert client.submit() == 3 and client.poll() == [nonsense]
 
 
 def test_the_expert_is_evaluated_by_the_command(tmp_path):

@@ -14,6 +14,7 @@ from config.task import Task
 from simulation.tasks.trial import make_trial
 from vipra_ros import evaluate
 from vipra_ros.evaluation import live, operator
+from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
 from vipra_ros.evaluation.live import ALARM, HALT_TRIES, GraphRig, Listener, drive, placing, played, resample
 from vipra_ros.evaluation.operator import Do, Phase, Session
@@ -192,6 +193,9 @@ def test_a_server_that_dies_voids_its_trial_and_a_fault_is_scored(tmp_path):
     assert ledger.voids()[0]["reason"] == "no policy server: gone" and "set this trial up again" in said
     (result,) = ledger.results()
     assert result.interventions == 1 and not result.success and "reflex" in said
+    assert result.ended == "stopped: arms FAULT: reflex" and result.drops is None
+    report = reports.summarise(SETTINGS, [result])
+    assert report["failures"] == {"stopped": 1} and report["drops"] is None
 
 
 def test_an_interrupted_trial_is_void_and_its_arms_are_stopped(tmp_path):
@@ -209,6 +213,43 @@ def test_an_interrupted_trial_is_void_and_its_arms_are_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):  # nothing runs: nothing is void
         driven(tmp_path, (_ for _ in ()).throw(KeyboardInterrupt), FakeRig())
     assert len(Ledger(tmp_path, SETTINGS).voids()) == 1
+
+
+def test_a_score_that_was_given_counts_though_an_interrupt_comes_before_k(tmp_path):
+    def interrupted(keys):
+        yield from keys
+        raise KeyboardInterrupt
+
+    def outcome():
+        ledger = Ledger(tmp_path, SETTINGS)
+        return [(r.key.seed, r.success) for r in ledger.results()], [v["reason"] for v in ledger.voids()]
+
+    with pytest.raises(KeyboardInterrupt):
+        driven(tmp_path, interrupted("\nf"), FakeRig())
+    assert outcome() == ([(0, False)], [])
+    with pytest.raises(KeyboardInterrupt):
+        driven(tmp_path, interrupted("u"), FakeRig())
+    assert outcome() == ([(0, False)], []), "reopened and not scored again: it stands"
+    with pytest.raises(KeyboardInterrupt):
+        driven(tmp_path, interrupted("us"), FakeRig())
+    assert outcome() == ([(0, True)], [])
+    rig = FakeRig({2: ("fault", "arms FAULT: reflex")})
+    with pytest.raises(KeyboardInterrupt):
+        driven(tmp_path, interrupted(["\n", "", ""]), rig)
+    assert outcome() == ([(0, True)], ["interrupted before it was scored"])
+    driven(tmp_path, ["\n", ""], FakeRig())
+    assert outcome()[1][-1] == "interrupted", "the keys ended while it ran"
+
+
+def test_the_operator_is_told_all_that_a_seed_decides():
+    """A cloth's pattern, size and turn: what makes the unseen split unseen."""
+    trial = make_trial(load(Task, "cover_object"), 0, "unseen")
+    cloth, thing = trial.workcell.props
+    text = "\n".join(placing(trial))
+    assert f"cloth of {100 * cloth.size_m:.0f} cm" in text and "turned by" in text
+    assert cloth.pattern in text and thing.pattern in text and thing.kind in text
+    lines = placing(make_trial(load(Task, "stack_cups"), 0))
+    assert not any("turned" in line for line in lines), "cups are round"
 
 
 def test_a_refused_start_leaves_the_trial_to_be_set_up_again(tmp_path):
