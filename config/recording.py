@@ -31,7 +31,12 @@ class Quality(Strict):
     """Above these, an episode is suspicious. Used while recording and by `vipra dataset check`."""
 
     sync_ms: float = Field(10.0, gt=0, description="99th percentile of a frame's synchronisation error")
-    gap_frames: float = Field(1.5, gt=1, description="frame periods between two captures")
+    gap_frames: float = Field(
+        1.75, gt=1, description="frame periods between two captures; 1.5 is three of a camera twice as fast"
+    )
+    pace_ms: float = Field(
+        20.0, gt=0, description="that captures may stray from the even rate within a second, 95th percentile"
+    )
     freeze_s: float = Field(
         0.3, gt=0, description="no picture change while an arm moves by freeze_motion_rad"
     )

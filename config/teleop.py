@@ -93,6 +93,12 @@ class Teleop(Strict):
     )
     lost_after_s: float = Field(0.2, gt=0, le=0.5, description="no sample for this long: the leader is lost")
     jump_rad: float = Field(0.3, gt=0, le=1.5, description="a step of one sample beyond this is a fault")
+    frozen_after_s: float = Field(
+        0.5, gt=0, le=5, description="samples equal to the bit for this long: the leader may have no power"
+    )
+    frozen_jump_rad: float = Field(
+        0.1, gt=0, le=1.5, description="a step of one sample beyond this, after that, is a fault: it is back"
+    )
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -20,7 +20,7 @@ _HELD_RAD, _PAUSE_S = 0.02, 0.5  # an arm that moved less over a longer gap was 
 class Finding:
     """One problem; `first`, `last`: the frames it concerns."""
 
-    kind: str  # short dropped sync gap pause frozen idle limit tracking duplicate
+    kind: str  # short dropped sync gap pause pace frozen idle limit tracking duplicate
     text: str
     first: int = 0
     last: int = 0
@@ -118,7 +118,33 @@ def _times(trace: Trace, quality: Quality) -> list[Finding]:
         kind = "pause" if held else "gap"
         text = f"{kind} of {1000 * step[i]:.0f} ms between two pictures at {(i + 1) / trace.fps:.1f} s"
         found.append(Finding(kind, text, i, i + 1, problem=not held))
-    return found
+    return found + _pace(trace, quality)
+
+
+def _pace(trace: Trace, quality: Quality) -> list[Finding]:
+    """Whether action i of a chunk of a second is due i / fps after its picture, as training takes it.
+
+    A camera that drifts past the grid shows in one chunk now and then; one of another rate in nearly all.
+    Chunks with a gap or a lost picture are left out: those are findings of their own.
+    """
+    n = round(trace.fps)
+    if len(trace) <= n:
+        return []
+    step = np.diff(trace.capture) * trace.fps
+    even = (step > 0) & (step <= quality.gap_frames)
+    whole = np.lib.stride_tricks.sliding_window_view(even, n).all(1)
+    stray = np.cumsum(np.lib.stride_tricks.sliding_window_view(step - 1, n)[whole], axis=1)
+    if not len(stray):
+        return []
+    worst = 1000 / trace.fps * np.abs(stray).max(1)
+    off = float(np.quantile(worst, 0.95))
+    if off <= quality.pace_ms:
+        return []
+    at = int(np.flatnonzero(whole)[worst.argmax()])
+    text = (
+        f"pictures stray {off:.0f} ms from {trace.fps:g} a second, over {quality.pace_ms:g}: camera's rate?"
+    )
+    return [Finding("pace", text, at, at + n)]
 
 
 def _frozen(trace: Trace, quality: Quality) -> list[Finding]:

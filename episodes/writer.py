@@ -142,26 +142,29 @@ class Writer:
 
         Raises EpisodesError without frames, OSError if the disk is full: the dataset is then as before, and
         `save` can be tried again. Raises VideoError where the disk was too full to complete a video: the
-        episode can only be discarded.
+        episode can only be discarded. Where the files of a saved episode cannot all be moved to their places,
+        the next `save`, `close` or writer moves them.
         """
         if not self.frames:
             raise EpisodesError("an episode without frames is not saved: add frames first")
+        _settle(self.root)
         for encoder in self._encoders.values():
             encoder.close()
         staged = self.root / _SAVING
         shutil.rmtree(staged, ignore_errors=True)
         try:
-            info, tasks, lines = self._stage(staged)
+            info, tasks, lines, stats = self._stage(staged)
             _sync(staged)
+            os.replace(staged, self.root / _SAVED)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
-        os.replace(staged, self.root / _SAVED)
-        recover(self.root)
-        self.info, self._tasks, self._lines = info, tasks, lines
+        self.info, self._tasks, self._lines, self._stats = info, tasks, lines, stats
         self._last = _last_row(lines)
-        self._stats = layout.stats_from_json(layout.read_json(self.root / layout.STATS))
-        self._forget()
+        self._drop()
+        with contextlib.suppress(OSError):
+            _sync_entries(self.root)
+            _settle(self.root)
         return self.episodes - 1
 
     def discard(self) -> None:
@@ -169,13 +172,18 @@ class Writer:
         for encoder in self._encoders.values():
             with contextlib.suppress(video.VideoError):
                 encoder.close()
-        self._forget()
-        shutil.rmtree(self.root / _RECORDING, ignore_errors=True)
+        self._drop()
 
     def close(self) -> None:
-        """Drop an unsaved episode and let another writer in."""
-        self.discard()
-        os.close(self._lock)
+        """Drop an unsaved episode and let another writer in.
+
+        Raises OSError where files of a saved episode cannot be moved to their places; the next writer does.
+        """
+        try:
+            self.discard()
+            _settle(self.root)
+        finally:
+            os.close(self._lock)
 
     def __enter__(self) -> "Writer":
         return self
@@ -185,8 +193,9 @@ class Writer:
 
     # --- the running episode ---
 
-    def _forget(self) -> None:
+    def _drop(self) -> None:
         self._rows, self._encoders, self._histograms = {}, {}, {}
+        shutil.rmtree(self.root / _RECORDING, ignore_errors=True)
 
     def _encoder(self, key: str) -> video.Encoder:
         if key not in self._encoders:
@@ -232,8 +241,8 @@ class Writer:
         stats = self.root / layout.STATS
         self._stats = layout.stats_from_json(layout.read_json(stats)) if stats.is_file() else None
 
-    def _stage(self, staged: Path) -> tuple[dict, list[str], pa.Table]:
-        """Write the next version of every changed file under `staged`."""
+    def _stage(self, staged: Path) -> tuple[dict, list[str], pa.Table, dict]:
+        """Write the next version of every changed file under `staged`: info, tasks, episodes, statistics."""
         info = json.loads(json.dumps(self.info))
         count, fps, number = self.frames, info["fps"], self.episodes
         last = self._last
@@ -273,7 +282,7 @@ class Writer:
         pd.DataFrame({"task_index": range(len(tasks))}, index=tasks).to_parquet(_made(staged / layout.TASKS))
         _write_json(staged / layout.STATS, layout.stats_to_json(merged))
         _write_json(staged / layout.INFO, info)
-        return info, tasks, lines
+        return info, tasks, lines, layout.stats_from_json(layout.read_json(staged / layout.STATS))
 
     def _stage_data(self, staged: Path, info: dict, columns: dict, last: dict | None) -> dict[str, int]:
         schema = layout.data_schema(info)
@@ -342,6 +351,13 @@ class Writer:
 
 def recover(root: Path) -> None:
     """Finish a save that was interrupted while its files were moved, and drop what was never saved."""
+    _settle(root)
+    for folder in (_SAVING, _RECORDING):
+        shutil.rmtree(root / folder, ignore_errors=True)
+
+
+def _settle(root: Path) -> None:
+    """Move the files of the episode saved last to their places, where that is not done. Raises OSError."""
     saved = root / _SAVED
     if saved.is_dir():
         files = [path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()]
@@ -350,8 +366,6 @@ def recover(root: Path) -> None:
         ):
             os.replace(saved / name, _made(root / name))
         shutil.rmtree(saved)
-    for folder in (_SAVING, _RECORDING):
-        shutil.rmtree(root / folder, ignore_errors=True)
 
 
 def _last_row(lines: pa.Table) -> dict[str, Any] | None:
@@ -403,8 +417,19 @@ def _write_json(path: Path, data: dict) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring every file under `folder` to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
+    """Bring everything under `folder` to the disk."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            _sync_entries(path)
+        else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+
+
+def _sync_entries(folder: Path) -> None:
+    """Bring a folder's names to the disk: without it a power cut can undo a rename."""
+    entries = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entries)
+    finally:
+        os.close(entries)

@@ -191,6 +191,30 @@ def test_a_full_disk_keeps_the_dataset_and_the_episode(tmp_path, monkeypatch):
     assert_whole(tmp_path / "d", 2)
 
 
+def test_an_episode_whose_files_cannot_be_moved_is_saved_all_the_same(tmp_path, monkeypatch):
+    """The disk fills between the rename that counts and the last move: later saves and writers go on."""
+    real, moves = os.replace, []
+
+    def full(source, target):
+        if f"{writing._SAVED}/" in str(source):
+            moves.append(target)
+            if len(moves) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    with samples.create(tmp_path / "d") as writer:
+        samples.record(writer, 0)
+        monkeypatch.setattr(writing.os, "replace", full)
+        samples.record(writer, 1)
+        assert writer.episodes == 2 and len(Dataset(tmp_path / "d")) == 1
+        with pytest.raises(OSError, match="No space"):
+            samples.record(writer, 2)
+        assert writer.frames and writer.episodes == 2, "kept for another try"
+        monkeypatch.undo()
+        assert writer.save() == 2
+    assert_whole(tmp_path / "d", 3)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

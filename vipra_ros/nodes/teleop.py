@@ -53,6 +53,8 @@ from vipra_ros.teleop.leader import Stamps
 TICK_S = 0.01
 STATUS_S = 0.1
 LEASE_TIMEOUT_S = 2.0  # wall time for the arms to answer
+AGAIN_S = 0.7  # wall time after a pause in which another press, a bounce say, does not couple
+FROZEN_S = 3.0  # a leader whose samples have not changed for this long is told
 _LEVELS = {
     State.OFF: DiagnosticStatus.OK,
     State.ALIGNING: DiagnosticStatus.OK,
@@ -98,6 +100,7 @@ class TeleopNode(Node):
         self._refused_in_a_row = 0
         self._chunks = self._refused = 0
         self._told: tuple | None = None
+        self._paused_at = -np.inf  # wall time
 
         command = QoSProfile(depth=2, reliability=ReliabilityPolicy.RELIABLE)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -228,9 +231,14 @@ class TeleopNode(Node):
         if self._teleop.active:
             self._teleop.pause()
             self._let_go()
+            self._paused_at = time.monotonic()
             response.success, response.message = True, self._teleop.reason
         elif self._teleop.state is State.OFF:
             response.success, response.message = False, "not coupled: ~/start first"
+        elif self._teleop.state is State.LOST:  # who presses now may mean to let go
+            response.success, response.message = False, f"lost, {self._teleop.reason}; ~/start couples again"
+        elif time.monotonic() - self._paused_at < AGAIN_S:
+            response.success, response.message = True, self._teleop.reason
         else:
             response.success, response.message = await self._couple()
         return response
@@ -380,6 +388,11 @@ class TeleopNode(Node):
         level, reason = _LEVELS[teleop.state], teleop.reason
         if teleop.waiting_triggers and teleop.state is State.FOLLOWING:
             reason += f"; move the trigger to take over the {', '.join(teleop.waiting_triggers)} hand"
+        frozen = [arm for arm in self._arms if teleop.samples[arm].unchanged_s > FROZEN_S]
+        if frozen and teleop.active and self._config.source == "topics":
+            reason += (
+                f"; the {', '.join(frozen)} leader has not moved to the bit for {FROZEN_S:g} s: power, cable?"
+            )
         ages = {arm: now - teleop.samples[arm].newest_s for arm in self._arms}
         difference, joint = np.nan, ""
         with contextlib.suppress(Refused):

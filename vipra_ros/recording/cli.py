@@ -5,10 +5,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from vipra_ros.recording.keyboard import HELP, raw_keys, read_key, verb
+from vipra_ros.recording.keyboard import END, HELP, Repeats, raw_keys, read_key, verb
 
 EPILOG = f"""\
 Camera, arms and leaders have to run:  vipra up teleop robot:=sim_single --start
@@ -84,12 +85,12 @@ def command(parameters: Mapping[str, object]) -> list[str]:
     return Process("recorder", "vipra_ros.nodes.recorder", "vipra_recorder", (), parameters).argv()
 
 
-def run(monitor, children=()) -> int:
+def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
     """Until q or Ctrl-C: keys to services, the recorder's state to one live line."""
     from vipra_ros.monitor import CallFailed
 
     say(HELP)
-    told, quitting = "", False
+    told, quitting, repeats = "", False, Repeats()
     with raw_keys(), interrupts() as interrupted:
         while True:
             for child in children:
@@ -100,7 +101,7 @@ def run(monitor, children=()) -> int:
                 told = values["message"]
                 say(told)
             show(line(values))
-            key = "q" if interrupted and interrupted.pop() else read_key(0.1)
+            key = "q" if interrupted and interrupted.pop() else _pressed(repeats, now)
             if not key:
                 continue
             asked = verb(key, values["state"])
@@ -120,6 +121,12 @@ def run(monitor, children=()) -> int:
                 say(told)
             except CallFailed as error:
                 say(str(error).removeprefix(f"/recorder/{asked}: "))
+
+
+def _pressed(repeats: Repeats, now: Callable[[], float]) -> str:
+    """The next key that is not just held down; the end of the input stays what it is."""
+    key = read_key(0.1)
+    return "" if key not in ("", END) and repeats.repeated(key, now()) else key
 
 
 @contextlib.contextmanager

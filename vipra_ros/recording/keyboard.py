@@ -1,11 +1,16 @@
 """What a key means while recording, and reading keys one by one. A foot pedal is a keyboard with one key."""
 
 import contextlib
+import math
 import os
 import select
 import sys
 from collections.abc import Iterator
 
+END = "\x04"  # Ctrl-D, and the end of the input
+_ESCAPE = b"\x1b"
+_SEQUENCE_S = 0.02  # in which the rest of an arrow key's characters comes
+REPEAT_S = 0.7  # the same key sooner than this is held down: terminals repeat after 0.25 to 0.66 s
 HELP = "space start/stop  k keep  d discard  u undo  r retry  p pause  q quit"
 _SPACE = {"IDLE": "start", "RECORDING": "stop", "PAUSED": "stop"}
 _KEYS = {"k": "keep", "d": "discard", "u": "undo", "r": "retry", "p": "pause", "q": "quit"}
@@ -18,7 +23,7 @@ def verb(key: str, state: str) -> str | None:
     """
     if key in (" ", "\n", "\r"):
         return _SPACE.get(state)
-    if key in ("\x03", "\x04"):
+    if key in ("\x03", END):
         return "quit"
     return _KEYS.get(key.lower())
 
@@ -41,8 +46,27 @@ def raw_keys(file=sys.stdin) -> Iterator[None]:
 
 
 def read_key(timeout_s: float, file=sys.stdin) -> str:
-    """The next key; "" if none comes in time; "\\x04", again and again, at the end of the input."""
+    """The next key; "" if none comes in time; "\\x04", again and again, at the end of the input.
+
+    An arrow or function key is one escape character: the letters it sends after that are nobody's wish.
+    """
     if not select.select([file], [], [], timeout_s)[0]:
         return ""
     data = os.read(file.fileno(), 1)
-    return data.decode(errors="replace") if data else "\x04"
+    if data == _ESCAPE:
+        while select.select([file], [], [], _SEQUENCE_S)[0] and os.read(file.fileno(), 32):
+            pass
+    return data.decode(errors="replace") if data else END
+
+
+class Repeats:
+    """Tells a key that is held down, or bounces, from one that is pressed again."""
+
+    def __init__(self):
+        self._key, self._seen_s = "", -math.inf
+
+    def repeated(self, key: str, now: float) -> bool:
+        """Whether `key` at `now` s is the one before, still."""
+        again = key == self._key and now - self._seen_s < REPEAT_S
+        self._key, self._seen_s = key, now
+        return again

@@ -81,6 +81,7 @@ class Samples:
         self._filter = OneEuro(config.filter)
         self._raw: np.ndarray | None = None  # [7]
         self._row: np.ndarray | None = None  # [8] filtered
+        self._changed_s = -math.inf  # first sample equal to the newest one
         self.newest_s = -math.inf
         self.knots: deque[tuple[int, np.ndarray]] = deque(maxlen=64)
 
@@ -93,6 +94,13 @@ class Samples:
     def opening(self) -> float | None:
         """Of the newest sample; None without a trigger."""
         return None if self._row is None or math.isnan(self._row[7]) else float(self._row[7])
+
+    @property
+    def unchanged_s(self) -> float:
+        """How long the joints have been the same to the bit. Publishers repeat what they read last from a
+        leader without power or cable.
+        """
+        return self.newest_s - self._changed_s if self._raw is not None else 0.0
 
     def add(self, t: float, joints, opening: float | None) -> str:
         """A sample taken at `t` s: `joints` [7] rad, `opening` (0 closed, 1 open; clipped) or None.
@@ -109,9 +117,12 @@ class Samples:
         before, since, problem = self._row, self.newest_s, ""
         if self._raw is not None and t - since <= self._config.lost_after_s:
             step = np.abs(raw - self._raw)
-            if step.max() > self._config.jump_rad:
-                j = int(step.argmax())
-                problem = f"joint {j + 1} jumped by {step[j]:.2f} rad, limit {self._config.jump_rad:g}"
+            j, limit, after = int(step.argmax()), self._config.jump_rad, ""
+            if self.unchanged_s > self._config.frozen_after_s:
+                limit = min(limit, self._config.frozen_jump_rad)
+                after = f" after {self.unchanged_s:.1f} s without a change: has it power?"
+            if step[j] > limit:
+                problem = f"joint {j + 1} jumped by {step[j]:.2f} rad, limit {limit:g}{after}"
         else:
             before = None
         if problem:
@@ -120,6 +131,8 @@ class Samples:
             self._filter.reset()
             self.knots.clear()
         trigger = math.nan if opening is None else min(max(opening, 0.0), 1.0)
+        if self._raw is None or not np.array_equal(raw, self._raw):
+            self._changed_s = t
         self._raw, self.newest_s = raw, t
         self._row = np.append(self._filter(t, raw), trigger)
         if before is not None:

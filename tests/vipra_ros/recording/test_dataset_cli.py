@@ -132,6 +132,23 @@ def test_a_pause_with_the_arm_held_is_no_problem():
     assert [(f.kind, f.problem) for f in found] == [("pause", False)]
 
 
+@pytest.mark.parametrize(
+    ("camera_hz", "kinds"),
+    [(30.0, []), (29.97, []), (30.03, []), (60.0, []), (25.0, ["pace"]), (22.0, ["pace"])],
+)
+def test_a_camera_of_another_rate_is_found_and_one_that_drifts_is_not(camera_hz, kinds):
+    """The newest picture at every fifteenth of a second, for 40 s, with 1 ms of jitter."""
+    random = np.random.default_rng(0)
+    pictures = np.arange(0, 41, 1 / camera_hz)
+    pictures += random.uniform(-5e-4, 5e-4, len(pictures))
+    due = np.arange(600) / FPS + 1 / 60
+    capture = pictures[np.searchsorted(pictures, due, "right") - 1]
+    q = np.stack([motion(x) for x in capture])
+    seen = Trace(FPS, NAMES, capture, np.zeros(600), q, q, np.full(600, 50.0))
+    found = quality.inspect(seen, Quality())
+    assert [f.kind for f in found if f.kind != "idle"] == kinds
+
+
 def test_stats_view_and_merge(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", (clean(0.0), 30), (clean(10.0), 20))

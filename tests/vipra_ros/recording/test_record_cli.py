@@ -4,9 +4,12 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from vipra_ros.monitor import CallFailed
 from vipra_ros.recording import cli
+from vipra_ros.recording.keyboard import read_key, verb
 
 
 class Recorder:
@@ -45,6 +48,43 @@ def test_the_first_interrupt_asks_and_the_second_ends(number, monkeypatch, capsy
     assert signal.getsignal(number) == before
     recorder = Recorder("IDLE", None, number)
     assert cli.run(recorder) == 0 and recorder.looks == 2
+
+
+class Called(Recorder):
+    """Notes the services that are called; an asked-for episode is flagged the first time."""
+
+    def __init__(self, state, *script):
+        super().__init__(state, *script)
+        self.calls = []
+
+    def call(self, service, timeout_s):
+        self.calls.append(service)
+        if len(self.calls) == 1:
+            raise CallFailed(f"{service}: flagged: camera frozen: keep again to keep it all the same")
+        return "saving"
+
+
+@pytest.mark.parametrize("key, held", [("k", ["/recorder/keep"]), ("q", [])])
+def test_a_key_that_is_held_down_confirms_nothing(key, held, monkeypatch, capsys):
+    """Repeated thirty times a second after half a second, then, after a pause, pressed again."""
+    clock = iter([0.0, 0.5, *np.arange(0.53, 1.5, 0.03), 3.0])
+    keys = iter([key] * 36 + ["\x04"] * 2)
+    monkeypatch.setattr(cli, "read_key", lambda timeout_s: next(keys))
+    recorder = Called("PENDING")
+    assert cli.run(recorder, now=lambda: next(clock)) == 0
+    assert recorder.calls == (held * 2 if key == "k" else [])
+    assert ("flagged" in capsys.readouterr().out) == (key == "k")
+
+
+def test_an_arrow_or_function_key_means_nothing(tmp_path):
+    """Left sends ESC [ D and F3 ESC O R: neither discards or retries."""
+    for sent in (b"\x1b[D", b"\x1bOR", b"\x1b[1;5D", b"\x1b[[D"):
+        path = tmp_path / "keys"
+        path.write_bytes(sent)
+        with path.open("rb") as file:
+            key = read_key(0.1, file)
+            assert key == "\x1b" and verb(key, "RECORDING") is None
+            assert read_key(0.1, file) == "\x04", "nothing of it is left"
 
 
 def test_the_end_of_the_input_ends_it(monkeypatch):

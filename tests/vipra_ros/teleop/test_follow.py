@@ -267,6 +267,22 @@ def test_a_leader_that_makes_no_sense_is_lost(joints, reason):
     assert rig.tele.state is State.LOST and reason in rig.tele.reason and "right leader" in rig.tele.reason
 
 
+@pytest.mark.parametrize(
+    ("still_s", "step", "lost"), [(1.0, 0.15, True), (1.0, 0.08, False), (0.0, 0.15, False)]
+)
+def test_a_leader_that_had_no_power_and_comes_back_elsewhere_is_lost(still_s, step, lost):
+    """Its publisher repeats the last sample meanwhile; a hand does not move 0.1 rad in one from rest."""
+    rig = Rig(path=lambda t: HOME + 1e-3 * round(10 * t))  # a count or so now and then
+    rig.engage().run(0.5)
+    stood = rig.path(rig.t)
+    rig.path = lambda t: stood
+    rig.run(still_s)
+    rig.sample(right=stood + step)
+    assert (rig.tele.state is State.LOST) == lost
+    if lost:
+        assert "jumped by 0.15 rad, limit 0.1 after 1.0 s without a change" in rig.tele.reason
+
+
 def test_a_trigger_that_is_not_finite_is_lost():
     rig = Rig().engage().run(1.0)
     rig.trigger = math.nan

@@ -22,7 +22,7 @@ from tests.vipra_ros.graph import HOME, Graph, write_robot
 from tests.vipra_ros.teleop.dynamixel_emulator import Bus
 from vipra_ros import bringup
 from vipra_ros.clock import to_stamp
-from vipra_ros.nodes.teleop import TeleopNode
+from vipra_ros.nodes.teleop import AGAIN_S, TeleopNode
 from vipra_ros.process import wait_for
 
 HOME = np.array(HOME)
@@ -150,11 +150,14 @@ def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
     wait_for(lambda: np.allclose(rig.arms.chunks[-1][1].grippers[-1], [0.25, 1.0]), 20, "hand")
     accepted, chunk = rig.arms.chunks[-1]
     assert chunk.t0 < accepted < chunk.end and chunk.rate_hz == pytest.approx(25.0)
-    assert rig.call("pause") == (True, "paused: ~/start or ~/pause couples again")
+    paused = True, "paused: ~/start or ~/pause couples again"
+    assert rig.call("pause") == paused
+    assert rig.call("pause") == paused, "a pedal that bounces couples nothing"
     rig.wait_let_go(1)
     rig.wait_state("PAUSED")
     rig.gello.joints = {arm: HOME + 0.4 for arm in ARMS}
     wait_for(lambda: float(rig.value("difference_rad")) > 0.35, 20, "the leader gone")
+    time.sleep(AGAIN_S)
     done, text = rig.call("pause")
     assert not done and "rad from its leader, limit 0.3" in text and rig.value("state") == "PAUSED"
     rig.gello.joints = {arm: HOME.copy() for arm in ARMS}
@@ -194,6 +197,8 @@ def test_a_silent_leader_a_jump_and_nan_let_the_arms_go_and_need_a_new_start(rig
         wait_for(lambda: rig.value("leaders") == "left ok, right ok", 20, "leaders")
         sent = len(rig.arms.messages)
         time.sleep(0.2)
+        done, said = rig.call("pause")
+        assert not done and said.startswith("lost, ") and said.endswith("~/start couples again")
         assert len(rig.arms.messages) == sent and rig.value("state") == "LOST"
 
 
