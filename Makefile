@@ -6,7 +6,7 @@ PYTHON ?= python3
 EXTRAS ?= robot,server,sim,train,test
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(EXTRAS)
 # library that must be loadable : Debian and Ubuntu package that brings it
 LIBRARIES := libEGL.so.1:libegl1 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0 libX11.so.6:libx11-6
 DRIVER := libgl1-mesa-dri

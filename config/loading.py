@@ -58,12 +58,16 @@ def find(kind: str, name: str) -> Path:
     folder = root() / "config" / kind
     if (folder / f"{name}.yaml").is_file():
         return folder / f"{name}.yaml"
+    if len(path.parts) > 1:
+        raise ConfigError(f"{name}: no such file or folder")
     known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
     raise ConfigError(f"config/{kind}/{name}.yaml does not exist; known {kind}: {known}")
 
 
 def load(model: type[Model], name: str, kind: str | None = None) -> Model:
     """Read `name` (see `find`; `kind` defaults to the model's `KIND`) as `model`.
+
+    Other files that it names (the model's `FILES`) are looked for beside it first.
 
     Raises ConfigError with one line per wrong key.
     """
@@ -72,6 +76,9 @@ def load(model: type[Model], name: str, kind: str | None = None) -> Model:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    for key in getattr(model, "FILES", ()) if isinstance(data, dict) else ():
+        if str(data.get(key)).endswith((".yaml", ".yml")) and (beside := path.parent / data[key]).is_file():
+            data[key] = str(beside.resolve())
     return parse(model, data, str(path))
 
 

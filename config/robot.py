@@ -119,6 +119,7 @@ class Robot(Strict):
     """Everything the robot PC needs to know about one robot."""
 
     KIND: ClassVar[str] = "robots"
+    FILES: ClassVar[tuple[str, ...]] = ("embodiment", "workcell", "safety")
 
     embodiment: str = Field(description="file in config/embodiments")
     workcell: str = Field(description="file in config/workcells")

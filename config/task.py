@@ -61,10 +61,15 @@ class Task(Strict):
     """One task of the evaluation (ViPRA appendix G.1)."""
 
     KIND: ClassVar[str] = "tasks"
+    FILES: ClassVar[tuple[str, ...]] = ("workcell", "simulated_robot")
 
     name: str
     kind: Kind
     workcell: str = Field(description="file in config/workcells")
+    simulated_robot: str | None = Field(
+        None,
+        description="file in config/robots that plays it in simulation; null: sim_ and the workcell's name",
+    )
     arm: Literal["left", "right"] = Field(description="the arm that picks")
     holder: Literal["left", "right"] | None = Field(None, description="the arm that holds the target")
     instructions: tuple[str, ...] = Field(

@@ -65,14 +65,16 @@ class Writer:
         video_file_mb: int = layout.VIDEO_FILE_MB,
         crf: int = video.CRF,
     ) -> "Writer":
-        """Start an empty dataset. Raises EpisodesError if `root` holds one or a feature is unknown."""
+        """Start an empty dataset, in place of one without an episode. Raises EpisodesError if `root` holds
+        episodes or a feature is unknown.
+        """
         root = Path(root)
         info = layout.new_info(fps, features, robot_type)
         info["data_files_size_in_mb"], info["video_files_size_in_mb"] = data_file_mb, video_file_mb
         root.mkdir(parents=True, exist_ok=True)
         lock = _lock(root)  # before looking: two recorders may start at once
         try:
-            if (root / layout.INFO).exists():
+            if saved_episodes(root):
                 raise EpisodesError(
                     f"{root} holds a dataset already: open it with Writer(root), or choose another folder"
                 )
@@ -347,6 +349,12 @@ class Writer:
         target = _made(staged / layout.EPISODES.format(chunk_index=place[0], file_index=place[1]))
         pq.write_table(lines, target, compression="snappy")
         return lines
+
+
+def saved_episodes(root: Path) -> int:
+    """Episodes of the dataset at `root`, also while the last one's files are being moved; 0 without one."""
+    infos = [place for place in (root / _SAVED, root) if (place / layout.INFO).is_file()]
+    return layout.read_info(infos[0])["total_episodes"] if infos else 0
 
 
 def recover(root: Path) -> None:

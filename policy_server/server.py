@@ -192,7 +192,10 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--policy", required=True, metavar="NAME|FILE", help="file in config/policies, or its path"
+        "--policy",
+        required=True,
+        metavar="NAME|FILE|FOLDER",
+        help="file in config/policies, its path, or a checkpoint folder",
     )
     parser.add_argument(
         "--bind", default="tcp://127.0.0.1:5555", help="ZeroMQ address (default: %(default)s)"
@@ -220,7 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     from config.policy import Policy as PolicyConfig
 
     try:
-        policy = load(PolicyConfig, arguments.policy)
+        folder = Path(arguments.policy).expanduser()
+        if folder.is_dir():
+            policy = PolicyConfig(checkpoint=str(folder.resolve()))
+        else:
+            policy = load(PolicyConfig, arguments.policy)
 
         start_up = StartUp(bars=sys.stderr.isatty() and not arguments.log_json)
 

@@ -179,7 +179,10 @@ class SharedState:
             if state is not None:
                 return state
             if time.monotonic() > deadline:
-                raise StateError(f"no simulator named {name!r} came up within {timeout_s:.1f} s")
+                raise StateError(
+                    f"no simulator named {name!r} came up within {timeout_s:.1f} s: start it, or name "
+                    "another robot than a simulated one (--robot)"
+                )
             time.sleep(0.01)
 
     @classmethod

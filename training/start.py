@@ -91,7 +91,10 @@ def parts(recipe, planning: bool = False) -> tuple[Start | None, Start, ModelCon
     frames = open_start(recipe.tokenizer) if recipe.tokenizer else start
     config = start.config if start else base
     if config.name != base.name:
-        raise TrainingError(f"{start.path} is a {config.name}, the recipe is for model {base.name}")
+        raise TrainingError(
+            f"{start.path} is a {config.name}, the recipe is for model {base.name}: use a recipe in "
+            f"config/training with `model: {config.name}`"
+        )
     if _codes(frames.config.vqgan) != _codes(config.vqgan):
         raise TrainingError(
             f"{frames.path} has {frames.config.vqgan.grid}x{frames.config.vqgan.grid} codes of "

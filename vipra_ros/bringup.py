@@ -16,9 +16,12 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from config.embodiment import Embodiment
 from config.loading import ConfigError, Strict, load, parse
 from config.robot import PRESETS, Robot
+from config.safety import Safety
 from config.teleop import Teleop
+from config.workcell import Workcell
 from vipra_ros.process import Child, stop_all, wait_for
 
 Kind = Literal["bimanual", "single", "teleop", "policy_server"]
@@ -180,6 +183,7 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
         return Graph((_policy_server(said.policy, said.bind, said.keys),), {})
     changes = _changes(kind, said, overrides or {})
     robot = _apply(load(Robot, said.robot), changes, said.robot)
+    check_files(robot, said.robot)
     if kind == "teleop":
         _check_leaders(robot, said)
     elif len(robot.arms) != (2 if kind == "bimanual" else 1):
@@ -209,6 +213,18 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
     if said.dataset:
         processes.append(_recorder(said, common, quiet))
     return Graph(tuple(processes), {"ROS_AUTOMATIC_DISCOVERY_RANGE": said.discovery}, robot)
+
+
+def check_files(robot: Robot, name: str) -> None:
+    """Raises ConfigError unless the files that `robot` names can be read and belong together."""
+    load(Embodiment, robot.embodiment)
+    load(Safety, robot.safety)
+    workcell = load(Workcell, robot.workcell)
+    if set(workcell.arms) != set(robot.arms):
+        raise ConfigError(
+            f"{name} has arms {', '.join(sorted(robot.arms))}, its workcell {robot.workcell} "
+            f"{', '.join(sorted(workcell.arms))}: name another in `workcell`, or correct `arms`"
+        )
 
 
 def _recorder(said: Arguments, common: Mapping[str, Any], environment: Mapping[str, str]) -> Process:

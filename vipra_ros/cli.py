@@ -207,7 +207,12 @@ def keys(
 
 @app.command(name="init-checkpoint")
 def init_checkpoint(
-    size: Annotated[str, typer.Argument(help="vipra_tiny, vipra_100m or vipra_7b")],
+    size: Annotated[
+        str,
+        typer.Argument(
+            help="a size of models/config.py: vipra_tiny, vipra_sim, vipra_sim_small, vipra_100m, vipra_7b"
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="checkpoint folder to write")],
     embodiment: Annotated[str, typer.Option(help="file in config/embodiments")] = "franka_bimanual",
     tokenizer: Annotated[

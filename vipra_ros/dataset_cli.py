@@ -364,7 +364,7 @@ def _generate(said: argparse.Namespace) -> int:
     if said.seconds is not None and said.seconds < 1:
         raise ConfigError(f"--seconds {said.seconds:g}: at least 1")
     task = load(Task, said.task)
-    name = said.robot or f"sim_{task.workcell}"
+    name = said.robot or task.simulated_robot or f"sim_{task.workcell}"
     robot = load(Robot, name)
     if not robot.simulation or robot.workcell != task.workcell:
         raise ConfigError(f"{name}: {task.name} needs a simulated robot in workcell {task.workcell}")

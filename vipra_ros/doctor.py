@@ -21,11 +21,10 @@ from typing import Literal
 from rich.console import Console
 
 from config.embodiment import Embodiment
-from config.loading import ConfigError, load, root
+from config.loading import ConfigError, find, load, root
 from config.policy import Policy
 from config.robot import Robot
-from config.safety import Safety
-from config.workcell import Workcell
+from vipra_ros import bringup
 from vipra_ros.process import ProcessError, port_is_free, reserve_slot
 
 Role = Literal["robot", "server", "all"]
@@ -106,18 +105,12 @@ def configuration(name: str) -> tuple[Robot | None, Check]:
     """Robot, embodiment, workcell and limits can be read and belong together."""
     try:
         robot = load(Robot, name)
-        load(Embodiment, robot.embodiment)
-        workcell = load(Workcell, robot.workcell)
-        load(Safety, robot.safety)
-        if set(workcell.arms) != set(robot.arms):
-            raise ConfigError(
-                f"{name}: arms {sorted(robot.arms)}, workcell {robot.workcell}: {sorted(workcell.arms)}"
-            )
+        bringup.check_files(robot, name)
     except ConfigError as error:
         return None, Check(
             "configuration", "fix", str(error), "correct the file, or name another with --robot"
         )
-    return robot, Check("configuration", "ok", f"{name} in {root() / 'config'}")
+    return robot, Check("configuration", "ok", str(find(Robot.KIND, name)))
 
 
 def disk(folder: Path | None = None) -> Check:

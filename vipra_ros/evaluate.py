@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         help="lockstep: simulated time an inference takes (100); live: added to every inference (0)",
     )
     parser.add_argument(
-        "--robot", help="file in config/robots; default: sim_ (operator: franka_) and the task's workcell"
+        "--robot",
+        help="file in config/robots; default: the task's, or sim_ (operator: franka_) and its workcell",
     )
     parser.add_argument("--time-limit", type=float, metavar="S", help="instead of the task's")
     parser.add_argument("--no-video", action="store_true", help="lockstep: no mp4 a trial")
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_at_keyboard(task, given.policy, robot, wanted, limit_s, given.out)
     from vipra_ros.process import signals_raise
 
-    name = given.robot or f"sim_{task.workcell}"
+    name = given.robot or task.simulated_robot or f"sim_{task.workcell}"
     robot = load(Robot, name)
     if not robot.simulation or robot.workcell != task.workcell:
         raise ConfigError(

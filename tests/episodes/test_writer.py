@@ -240,6 +240,8 @@ def test_refusals(tmp_path):
         Writer(tmp_path)
     with samples.create(tmp_path / "d") as writer, pytest.raises(EpisodesError, match="without frames"):
         writer.save()
+    with samples.create(tmp_path / "d") as writer:  # without an episode it is nobody's yet
+        samples.record(writer, 0)
     with pytest.raises(EpisodesError, match="holds a dataset already"):
         samples.create(tmp_path / "d")
     odd = {CAMERA: {"dtype": "video", "shape": [47, 64, 3], "names": None}}

@@ -107,6 +107,33 @@ def test_wrong_arguments_are_refused_with_the_fix(kind, given, message):
         bringup.describe(kind, given)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("workcell: single", "arms left, right, its workcell single right: name another in `workcell`"),
+        ("safety: fr4", "config/safety/fr4.yaml does not exist; known safety: "),
+        ("embodiment: nothing", "config/embodiments/nothing.yaml does not exist"),
+    ],
+)
+def test_a_robot_whose_files_do_not_fit_is_refused_before_anything_starts(tmp_path, line, message):
+    text = (ROOT / "config/robots/franka_bimanual.yaml").read_text()
+    key = line.partition(":")[0]
+    (tmp_path / "lab.yaml").write_text(re.sub(rf"^{key}:.*$", line, text, flags=re.MULTILINE))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        bringup.describe("bimanual", {"robot": str(tmp_path / "lab.yaml")})
+
+
+def test_files_that_a_robot_names_are_found_beside_it_wherever_one_stands(tmp_path):
+    text = (ROOT / "config/robots/franka_bimanual.yaml").read_text()
+    lines = re.sub("^workcell:.*$", "workcell: our_cell.yaml", text, flags=re.MULTILINE)
+    (tmp_path / "lab.yaml").write_text(lines)
+    with pytest.raises(ConfigError, match=re.escape("our_cell.yaml: no such file")):
+        bringup.describe("bimanual", {"robot": str(tmp_path / "lab.yaml")})
+    (tmp_path / "our_cell.yaml").write_text((ROOT / "config/workcells/bimanual.yaml").read_text())
+    graph = bringup.describe("bimanual", {"robot": str(tmp_path / "lab.yaml")})
+    assert graph.robot.workcell == str(tmp_path / "our_cell.yaml")
+
+
 # --- launch files
 
 

@@ -449,7 +449,10 @@ def run(
 
     arms, needed = tuple(load(Robot, robot).arms), load(Workcell, task.workcell).arms
     if set(arms) != set(needed):
-        raise EvaluationError(f"{robot} has arms {', '.join(arms)}: {task.name} is for {', '.join(needed)}")
+        raise EvaluationError(
+            f"{robot} has arms {', '.join(arms)}, {task.name} is for {', '.join(needed)}: name another "
+            "--robot, or copy the task's file and set its `workcell` and `arm`"
+        )
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
 
     with signals_raise(), Monitor() as monitor:

@@ -85,6 +85,8 @@ class Server:
     def _served(self) -> str:
         """What `vipra serve` is given; a checkpoint folder gets a policy file of its own."""
         folder = Path(self._policy).expanduser()
+        if len(folder.parts) > 1 and not folder.exists():
+            raise EvaluationError(f"--policy {self._policy}: no such checkpoint folder or policy file")
         if not (folder / "config.json").is_file():
             return self._policy
         path = self._folder / "policy.yaml"

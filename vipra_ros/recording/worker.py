@@ -13,19 +13,21 @@ from config.recording import Quality
 from episodes import demonstration, layout, quality
 from episodes.quality import Finding, Trace
 from episodes.video import VideoError
-from episodes.writer import Writer
+from episodes.writer import Writer, saved_episodes
 from vipra_ros.recording.synchronizer import Frame
 
 
 def open_writer(
     root: Path, names: tuple[str, ...], robot: str, fps: int, size: tuple[int, int], crf: int
 ) -> Writer:
-    """Continue the dataset at `root`, or start it. size: (height, width) px; robot: the embodiment's name.
+    """Continue the dataset at `root`, or start it where there is no episode yet.
+
+    size: (height, width) px; robot: the embodiment's name.
 
     Raises EpisodesError where it is another robot's, of another rate or picture size, or in use.
     """
     wanted = demonstration.features(names, *size)
-    if (root / layout.INFO).is_file():
+    if saved_episodes(root):
         demonstration.check_same(root, layout.read_info(root), fps, robot, wanted)
         return Writer(root, crf)
     return Writer.create(root, fps, wanted, robot, crf=crf)

@@ -312,6 +312,12 @@ def test_a_dataset_is_continued_by_the_same_robot_only(rig):
         open_writer(rig.root, NAMES, "test_arm", 30, SIZE, 23)
     with pytest.raises(EpisodesError, match=r"shape \[48, 64, 3\] and \[96, 64, 3\]"):
         open_writer(rig.root, NAMES, "test_arm", 15, (96, 64), 23)
+    empty = rig.root.with_name(
+        "empty"
+    )  # a start with the wrong robot leaves no episode, so nothing to keep to
+    open_writer(empty, NAMES, "other_arm", 30, SIZE, 23).close()
+    with open_writer(empty, NAMES, "test_arm", 15, SIZE, 23) as writer:
+        assert (writer.info["robot_type"], writer.info["fps"]) == ("test_arm", 15)
     again = Rig(rig.root)
     again.record(1.2)
     again.keep()
