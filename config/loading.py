@@ -95,7 +95,7 @@ def parse(model: type[Model], data: object, source: str) -> Model:
                 fix = "unknown key: remove it or check its spelling"
             elif item["type"] == "missing":
                 fix = "missing: add it"
-            else:
+            elif item["loc"]:
                 fix = f"{fix} (got {str(item.get('input'))[:60]!r})"
             lines.append(f"{source}: {key}: {fix}")
         raise ConfigError("\n".join(lines)) from error

@@ -240,7 +240,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_info(root: Path) -> dict[str, Any]:
     """info.json of the dataset at `root`. Raises EpisodesError if there is none or its version is another."""
     if not (root / INFO).is_file():
-        raise EpisodesError(f"{root}: no {INFO}: not a LeRobotDataset")
+        why = f"no {INFO}: not a LeRobotDataset" if Path(root).is_dir() else "no such folder"
+        raise EpisodesError(f"{root}: {why}")
     info = read_json(root / INFO)
     if info.get("codebase_version") != VERSION:
         raise EpisodesError(

@@ -115,7 +115,7 @@ class Lockstep:
 
     def judge_now(self) -> None:
         """Let the judge see how things stand."""
-        self.judge.update(self.time_s, self.things(), self.tcp(self.trial.task.arm)[0])
+        self.judge.update(self.time_s, self.things(), {arm: self.tcp(arm)[0] for arm in self.arms})
 
     def _step(self, ticks: int, reference: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         for _ in range(ticks):

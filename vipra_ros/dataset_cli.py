@@ -27,7 +27,7 @@ EPILOG = """\
   vipra dataset view recordings/cups --episode 12     pictures and joint plots
   vipra dataset merge recordings/monday recordings/tuesday recordings/both
   vipra dataset merge recordings/cups recordings/good --without 12,17     a copy without these episodes
-  vipra dataset replay recordings/cups --episode 12   on the arms (vipra up first), inside every limit
+  vipra dataset replay recordings/cups --episode 12 --robot franka_single    on the arms (vipra up first)
   vipra dataset generate stack_cups recordings/sim --episodes 200    simulated, by the task's scripted expert
 """
 _AT_ONCE = 64  # pictures decoded together

@@ -13,6 +13,8 @@ UPRIGHT = 0.94  # cosine of the tilt, 20 degrees
 RESTED_M_S = 0.03  # slower than this is at rest
 GRASPED = {"cup": np.array([0.0, 0.0, 0.07]), "cloth": np.array([0.0, 0.0, 0.02])}  # m, from its base
 COVERED = 0.8  # share of the object's top that lies under the cloth
+HELD_M = 0.04  # from the holder's tool centre point to the bowl's rim
+RIM = (0.0775, 0.055)  # m, radius and height of the middle of the bowl's rim
 CLEAR_M = 0.06  # from the hand's tool centre point to the object's grasped part: released
 SETTLED_S = 0.5  # so long must everything hold
 # Height of the moved object's base above the target's, m: nested or on the rim; on the bowl's floor or rim.
@@ -70,9 +72,12 @@ class Judge:
     drops: int = 0  # times the moved object was lifted and came down without success
     _held_since: float | None = None
     _aloft: bool = False
+    _in_place: bool = False
+    _steadied: bool = False  # by the holder's hand, when the object came into the bowl
 
-    def update(self, time_s: float, things: dict[str, Thing], tcp_xyz: np.ndarray) -> None:
-        """things: by name; tcp_xyz [3]: tool centre point of the picking arm, m, world."""
+    def update(self, time_s: float, things: dict[str, Thing], tcps: dict[str, np.ndarray]) -> None:
+        """things: by name; tcps: by arm, tool centre point [3] m, world."""
+        tcp_xyz = tcps[self.task.arm]
         moved, target = things[self.task.named("moved")], things[self.task.named("target")]
         right = {self.task.named("moved")}
         if self.task.holder:  # who may lift the target too
@@ -82,7 +87,12 @@ class Judge:
             self.partial = True
         elif not self.partial:
             self.wrong_object |= any(self._lifted(n, t) for n, t in things.items() if n not in right)
-        done = self._placed(moved, target, tcp_xyz)
+        if self.task.holder:
+            in_place, before = self._at_its_place(moved, target), self._in_place
+            if in_place and not before:
+                self._steadied = _from_rim(tcps[self.task.holder], target) < HELD_M
+            self._in_place = in_place
+        done = self._placed(moved, target, tcp_xyz) and (self._steadied or not self.task.holder)
         beside = np.hypot(*(moved.xyz - target.xyz)[:2]) > _BESIDE[self.task.kind]
         if self._aloft and not lifted and beside:
             self.drops += 1
@@ -101,17 +111,19 @@ class Judge:
     def _placed(self, moved: Thing, target: Thing, tcp_xyz: np.ndarray) -> bool:
         if self.task.kind == "cover":
             return self._covered(moved, target, tcp_xyz)
-        low, high = _HEIGHT[self.task.kind]
-        offset = moved.xyz - target.xyz
         upright = min(moved.up, target.up) > UPRIGHT if self.task.kind == "stack" else target.up > UPRIGHT
         return bool(
-            np.hypot(offset[0], offset[1]) < _OFFSET[self.task.kind]
-            and low < offset[2] < high
+            self._at_its_place(moved, target)
             and upright
             and np.linalg.norm(moved.velocity) < RESTED_M_S
             and np.linalg.norm(target.velocity) < RESTED_M_S
             and np.linalg.norm(tcp_xyz - moved.xyz - GRASPED["cup"]) > CLEAR_M
         )
+
+    def _at_its_place(self, moved: Thing, target: Thing) -> bool:
+        low, high = _HEIGHT[self.task.kind]
+        x, y, z = moved.xyz - target.xyz
+        return bool(math.hypot(x, y) < _OFFSET[self.task.kind] and low < z < high)
 
     def _covered(self, moved: Thing, target: Thing, tcp_xyz: np.ndarray) -> bool:
         """The cloth, let go and at rest, lies over `COVERED` of the top of the target, which still stands."""
@@ -122,6 +134,12 @@ class Judge:
             and np.linalg.norm(tcp_xyz - moved.xyz - GRASPED["cloth"]) > CLEAR_M
             and coverage(moved.surface, target.xyz + self.target_top @ turned(target.quat).T) >= COVERED
         )
+
+
+def _from_rim(tcp_xyz: np.ndarray, bowl: Thing) -> float:
+    """Distance, m, of a hand from the rim of an upright bowl."""
+    x, y, z = tcp_xyz - bowl.xyz
+    return math.hypot(math.hypot(x, y) - RIM[0], z - RIM[1])
 
 
 def turned(quat: np.ndarray) -> np.ndarray:

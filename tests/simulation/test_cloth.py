@@ -67,7 +67,7 @@ def test_a_cloth_dropped_on_the_object_drapes_counts_as_success_and_keeps_its_ed
     for seen, hand in ((aside, tcp), (state, np.add(state[fabric.name].xyz, (0, 0, 0.03)))):
         judge = judge_for(trial)
         for t in np.arange(0.0, 1.0, 0.1):
-            judge.update(t, seen, hand)
+            judge.update(t, seen, {judge.task.arm: hand})
         assert not judge.success
 
 

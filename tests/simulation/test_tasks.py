@@ -114,7 +114,7 @@ def judged(moved: Thing, target: Thing, hand=(0.0, 0.0, 1.4), other: Thing | Non
     judge = Judge(load(Task, "stack_cups"), TOP, dict.fromkeys(("cup_a", "cup_b", "cup_c"), widest("cup")))
     things = {"cup_a": moved, "cup_b": target, "cup_c": other or thing(0.6, 0.2, TOP)}
     for t in np.arange(0.0, SETTLED_S + 0.2, 0.05):
-        judge.update(t, things, np.array(hand))
+        judge.update(t, things, {"right": np.array(hand)})
     return judge
 
 
@@ -151,5 +151,25 @@ def test_an_object_on_its_side_was_not_lifted(kind, height):
     moved, other = (thing(x, y, TOP + height, quat=lying) for x, y in ((0.4, 0.1), (0.6, 0.2)))
     for t in np.arange(0.0, 1.0, 0.1):
         things = {"cup_a": moved, "cup_b": thing(0.5, 0.0, TOP), "cup_c": other}
-        judge.update(t, things, np.array([0.0, 0.0, 1.4]))
+        judge.update(t, things, {"right": np.array([0.0, 0.0, 1.4])})
     assert not judge.partial and not judge.wrong_object and not judge.drops
+
+
+@pytest.mark.parametrize(
+    ("left", "counts"), [((0.5, 0.15, TOP + 0.05), True), ((0.3, 0.5, TOP + 0.3), False)]
+)
+def test_a_cup_in_a_bowl_counts_when_the_other_hand_steadied_the_bowl(left, counts):
+    """It may let go once the cup is in; a bowl that the holder lifts is not another object."""
+    judge = Judge(load(Task, "place_in_bowl"), TOP)
+    bowl, other, away = thing(0.5, 0.07, TOP), thing(0.6, -0.2, TOP), np.array([0.3, 0.5, 1.4])
+    hand = np.array([0.5, 0.07, TOP + 0.25])
+    for t in np.arange(0.0, 1.5, 0.1):
+        inside = t > 0.35
+        cup = thing(0.5, 0.07, TOP + (0.006 if inside else 0.2))
+        tcps = {"right": hand, "left": away if t > 0.75 else np.array(left)}
+        judge.update(t, {"cup_a": cup, "cup_b": other, "bowl": bowl}, tcps)
+    assert judge.partial and judge.success == counts
+    lifted = Judge(load(Task, "place_in_bowl"), TOP)
+    high = {"cup_a": thing(0.4, 0.1, TOP), "cup_b": other, "bowl": thing(0.5, 0.07, TOP + 0.1)}
+    lifted.update(0.0, high, {"right": hand, "left": away})
+    assert not lifted.wrong_object

@@ -239,7 +239,8 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
             truth = cell.control.truth()
             truths.append(truth)
             seconds = truth["time_s"] - started
-            judge.update(seconds, things_in(truth), np.array(truth["arms"][trial.task.arm]["tcp_position"]))
+            tcps = {name: np.array(arm["tcp_position"]) for name, arm in truth["arms"].items()}
+            judge.update(seconds, things_in(truth), tcps)
             if judge.success or seconds >= limit_s:
                 break
             server.check()

@@ -58,7 +58,7 @@ class LiveWorld:
     def refresh(self) -> None:
         self._truth = self._control.truth()
         self.time_s = self._truth["time_s"]
-        self.judge.update(self.time_s, self.things(), self.tcp(self.trial.task.arm)[0])
+        self.judge.update(self.time_s, self.things(), {arm: self.tcp(arm)[0] for arm in self.arms})
 
     def things(self) -> dict[str, Thing]:
         return things_in(self._truth)

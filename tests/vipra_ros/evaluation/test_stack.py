@@ -126,12 +126,12 @@ def test_truth_of_a_stacked_cup_is_a_success():
     judge, top = judge_for(trial), trial.workcell.table.centre_xyz[2]
     still = {"quaternion": [1.0, 0.0, 0.0, 0.0], "velocity": [0.0] * 6}
     objects = {prop.name: {"position": [*prop.xy, top], **still} for prop in trial.workcell.props}
-    judge.update(0.0, things_in({"objects": objects}), np.array([0.3, 0.0, top + 0.5]))
+    judge.update(0.0, things_in({"objects": objects}), {"right": np.array([0.3, 0.0, top + 0.5])})
     assert not judge.success and not judge.partial
     moved, target = (objects[trial.task.named(role)] for role in ("moved", "target"))
     moved["position"] = [*target["position"][:2], top + 0.05]
     for time_s in (1.0, 1.6):
-        judge.update(time_s, things_in({"objects": objects}), np.array([0.3, 0.0, top + 0.5]))
+        judge.update(time_s, things_in({"objects": objects}), {"right": np.array([0.3, 0.0, top + 0.5])})
     assert judge.success and judge.partial and judge.success_s == 1.6
 
 
