@@ -41,7 +41,7 @@ system:
 
 demo: .venv
 	$(BIN)/vipra demo
-	$(BIN)/vipra evaluate stack_cups_narrow --live --policy vipra_sim_small --robot sim_single_marks --seeds 0:3 \
+	$(BIN)/vipra evaluate stack_cups_narrow --live --policy vipra_sim_small --seeds 0:3 \
 	  --out runs/demo-cups/$$(date +%Y%m%d-%H%M%S)
 
 # Tests of running processes one at a time, all others on every core.

@@ -82,6 +82,7 @@ def against_hours(
         rate.errorbar(hours, rates, (rates - low, high - rates), fmt="o-", label=run, capsize=3, markersize=3)
     rate.set(title="success, development seeds, 95 %", ylim=(-0.02, 1.02))
     for ax in axes[0]:
+        ax.set_xlim(0, None)
         ax.set_xlabel("hours of training", fontsize=8)
         ax.title.set_fontsize(9)
         ax.tick_params(which="both", labelsize=6)

@@ -135,12 +135,18 @@ def main(argv: list[str] | None = None) -> int:
         "robot": name,
     }
     with signals_raise():
-        if given.live:
-            return _live(task, robot, given, settings, wanted)
-        return _lockstep(task, robot, given, settings, wanted)
+        try:
+            (_live if given.live else _lockstep)(task, robot, given, settings, wanted)
+        except KeyboardInterrupt:
+            _say("interrupted: the trial that ran does not count; the same command goes on")
+            if (given.out / "settings.json").is_file():
+                _report(task, given.out)
+            raise
+    _report(task, given.out)
+    return 0
 
 
-def _live(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, wanted: list[Key]) -> int:
+def _live(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, wanted: list[Key]) -> None:
     from vipra_ros.evaluation import stack
 
     policy = policy_of(robot, given.preset, given.latency_ms)
@@ -148,23 +154,13 @@ def _live(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, w
     settings |= shown | {"preset": given.preset, "latency_ms": given.latency_ms}
     file = str(Path(given.task).resolve()) if Path(given.task).is_file() else given.task
     played = shown | {"inject_latency_ms": given.latency_ms}
-    try:
-        stack.run(
-            *(task, file, given.policy, settings["robot"], played, settings, wanted),
-            *(settings["time_limit_s"], given.out, _say),
-        )
-    except KeyboardInterrupt:
-        _say(
-            "interrupted: everything is stopped, the trial that ran does not count; the same command goes on"
-        )
-        if (given.out / "settings.json").is_file():
-            _report(task, given.out)
-        raise
-    _report(task, given.out)
-    return 0
+    stack.run(
+        *(task, file, given.policy, settings["robot"], played, settings, wanted),
+        *(settings["time_limit_s"], given.out, _say),
+    )
 
 
-def _lockstep(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, wanted: list[Key]) -> int:
+def _lockstep(task: Task, robot: Robot, given: argparse.Namespace, settings: dict, wanted: list[Key]) -> None:
     import simulation.render  # noqa: F401  first: it chooses the renderer before MuJoCo is imported
     from vipra_ros.evaluation import served
     from vipra_ros.evaluation.lockstep import Stage
@@ -194,8 +190,6 @@ def _lockstep(task: Task, robot: Robot, given: argparse.Namespace, settings: dic
             )
     finally:
         stage.close()
-    _report(task, given.out)
-    return 0
 
 
 def _report(task: Task, out: Path) -> None:
