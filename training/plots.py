@@ -82,12 +82,12 @@ def against_hours(
         rate.errorbar(hours, rates, (rates - low, high - rates), fmt="o-", label=run, capsize=3, markersize=3)
     rate.set(title="success, development seeds, 95 %", ylim=(-0.02, 1.02))
     for ax in axes[0]:
-        ax.set_xlim(0, None)
+        ax.set_xlim(0, 1.1 * ax.get_xlim()[1])
         ax.set_xlabel("hours of training", fontsize=8)
         ax.title.set_fontsize(9)
         ax.tick_params(which="both", labelsize=6)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, loc="upper left" if ax is rate else "best")
     return figure
 
 
