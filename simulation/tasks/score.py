@@ -7,6 +7,7 @@ import numpy as np
 
 from config.task import Task
 from simulation.cloth import coverage
+from simulation.workcell import BOWL
 
 LIFTED_M = 0.03  # of an object's lowest point above the table: it was grasped
 UPRIGHT = 0.94  # cosine of the tilt, 20 degrees
@@ -14,7 +15,7 @@ RESTED_M_S = 0.03  # slower than this is at rest
 GRASPED = {"cup": np.array([0.0, 0.0, 0.07]), "cloth": np.array([0.0, 0.0, 0.02])}  # m, from its base
 COVERED = 0.8  # share of the object's top that lies under the cloth
 HELD_M = 0.04  # from the holder's tool centre point to the bowl's rim
-RIM = (0.0775, 0.055)  # m, radius and height of the middle of the bowl's rim
+RIM = (sum(BOWL[-1][1:]) / 2, BOWL[-1][0])  # m, radius and height of the middle of the bowl's rim
 CLEAR_M = 0.06  # from the hand's tool centre point to the object's grasped part: released
 SETTLED_S = 0.5  # so long must everything hold
 # Height of the moved object's base above the target's, m: nested or on the rim; on the bowl's floor or rim.
