@@ -11,17 +11,20 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
-from rclpy.executors import ExternalShutdownException
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
@@ -78,10 +81,14 @@ def arm_order(robot: Robot, embodiment: Embodiment) -> tuple[str, ...]:
 
 
 class ArmsNode(Node):
-    """See the module. Nothing moves before `bring_up`; `close` ends everything from any state."""
+    """See the module. Nothing moves before `bring_up`; `close` ends everything from any state.
 
-    def __init__(self, **options):
-        super().__init__("arms", **options)
+    A service that takes long ends early once `interrupted()`.
+    """
+
+    def __init__(self, interrupted: Callable[[], bool]):
+        super().__init__("arms")
+        self._interrupted = interrupted
         robot = declare_robot(self, ["arms", "control", "simulation"])
         self._run_dir = declare_run_dir(self)
         safety = load(Safety, robot.safety)
@@ -199,7 +206,7 @@ class ArmsNode(Node):
         """Takes up to seconds, in which nothing is commanded anyway; states are still published."""
         work = threading.Thread(target=_answer, args=(response, self._executor_core.recover), daemon=True)
         work.start()
-        while work.is_alive():
+        while work.is_alive() and not self._interrupted():
             work.join(1.0 / self._joint_rate_hz)
             self._publish()
         self._assembler.reset()
@@ -303,8 +310,8 @@ def _answer(response: Trigger.Response, action) -> Trigger.Response:
     return response
 
 
-def _interruptible(work) -> None:
-    """Run `work` in a thread and wait while ROS is up: a call of libfranka cannot be interrupted. Raises its
+def _run(work: Callable[[], None], interrupted: Callable[[], bool]) -> None:
+    """Run `work` in a thread until it ends or we are interrupted: a call of libfranka cannot be. Raises its
     error.
     """
     failed = []
@@ -317,7 +324,7 @@ def _interruptible(work) -> None:
 
     thread = threading.Thread(target=run, name="bring-up", daemon=True)
     thread.start()
-    while thread.is_alive() and rclpy.ok():
+    while thread.is_alive() and not interrupted():
         thread.join(0.05)
     if failed:
         raise failed[0]
@@ -325,20 +332,27 @@ def _interruptible(work) -> None:
 
 def main() -> int:
     """Run the node until interrupted; 1 when an arm cannot be used, 2 for a wrong configuration."""
+    signals = []  # looked at between callbacks: one that is interrupted halfway would leave the arms anyhow
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sig, lambda number, frame: signals.append(number))
+
+    def interrupted() -> bool:
+        return bool(signals)
+
     die_with_parent()
     with contextlib.suppress(PermissionError):  # for franky's control threads too, which inherit it
         os.setpriority(os.PRIO_PROCESS, 0, -10)
-    rclpy.init()
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     # The reference loop must not wait 5 ms for a callback that holds the interpreter.
     sys.setswitchinterval(0.0005)
     node, status = None, 0
     try:
-        node = ArmsNode()
-        _interruptible(node.bring_up)
-        if rclpy.ok():
-            rclpy.spin(node)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+        node = ArmsNode(interrupted)
+        _run(node.bring_up, interrupted)
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        while not interrupted():
+            executor.spin_once()
     except (ConfigError, StateError) as error:
         print(f"arms: {error}", file=sys.stderr)
         status = 2

@@ -12,11 +12,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock as RosClock
 from rclpy.clock import ClockType
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock as ClockMessage
@@ -28,8 +26,8 @@ from vipra_ros.cameras.source import CameraError, EndOfSource, Frame, FreezeDete
 from vipra_ros.cameras.transport import room_for_pictures
 from vipra_ros.clock import make_clock
 from vipra_ros.nodes.messages import stamp as to_time
+from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare_robot
-from vipra_ros.process import die_with_parent
 
 FRAME_ID = "front_camera_optical_frame"
 GRAB_TIMEOUT_S = 0.2
@@ -221,25 +219,14 @@ class CameraNode(Node):
         self._clocks.publish(ClockMessage(clock=to_time(self._executor_clock.now())))
 
 
+def _make() -> CameraNode:
+    with room_for_pictures():
+        return CameraNode()
+
+
 def main() -> int:
     """Run the node until interrupted; 2 for a wrong configuration."""
-    die_with_parent()
-    node = None
-    try:
-        with room_for_pictures():
-            rclpy.init()
-            node = CameraNode()
-        rclpy.spin(node)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        return 0
-    except (ConfigError, CameraError, StateError) as error:
-        print(f"camera: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+    return run("camera", _make, (ConfigError, CameraError, StateError))
 
 
 if __name__ == "__main__":
