@@ -10,7 +10,6 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 # library that must be loadable : Debian and Ubuntu package that brings it
 LIBRARIES := libEGL.so.1:libegl1 libGL.so.1:libgl1 libgthread-2.0.so.0:libglib2.0-0 libX11.so.6:libx11-6
 DRIVER := libgl1-mesa-dri
-LIVE := tests/benchmarks tests/policy_server tests/simulation tests/vipra_ros
 
 .PHONY: .venv demo test train-tiny train-sim train-sim-small lint colcon clean system
 
@@ -44,10 +43,10 @@ demo: .venv
 	$(BIN)/vipra evaluate stack_cups_narrow --live --policy vipra_sim_small --seeds 0:3 \
 	  --out runs/demo-cups/$$(date +%Y%m%d-%H%M%S)
 
-# Tests of running processes one at a time, all others on every core.
+# Tests of processes in real time one at a time, all others on every core.
 test: .venv
-	$(BIN)/pytest -n auto tests $(LIVE:%=--ignore=%)
-	$(BIN)/pytest $(LIVE)
+	$(BIN)/pytest -n auto -m "not live"
+	$(BIN)/pytest -m live
 
 train-tiny: .venv
 	$(BIN)/python -m training.tiny --out runs/train-tiny

@@ -1,7 +1,8 @@
 """Every test session has a ROS domain of its own and never talks beyond this machine.
 
-Tests of live processes run again, a few times, when the machine itself stalled (see tests/machine.py), and
-once when it did not: a rare race must not block, and must be seen, so the summary tells of it.
+Tests marked `live` (`pytestmark = pytest.mark.live`) are of processes in real time: `make test` runs them one
+at a time. They run again, a few times, when the machine itself stalled (see tests/machine.py), and once when
+it did not: a rare race must not block, and must be seen, so the summary tells of it.
 """
 
 import os
@@ -14,10 +15,6 @@ from _pytest.runner import runtestprotocol
 from tests.machine import StallMeter
 from vipra_ros.process import Slot, reserve_slot
 
-LIVE = (
-    *("tests/benchmarks/", "tests/policy_server/", "tests/simulation/", "tests/training/test_loop.py"),
-    "tests/vipra_ros/",
-)
 CALM_S, PATIENCE_S = 3.0, 30.0  # calm before another attempt, and how long that is waited for
 
 _session = reserve_slot()
@@ -52,13 +49,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "live: runs with nothing beside it, and again when the machine stalled"
+    )
     config.failed_once = []  # (test, how it failed) of those that passed when run again, without a stall
     config.stall_meter = StallMeter()
     config.add_cleanup(config.stall_meter.close)
 
 
 def pytest_runtest_protocol(item, nextitem):
-    if not item.nodeid.startswith(LIVE):
+    if item.get_closest_marker("live") is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     limit_s, _ = signal.getitimer(signal.ITIMER_REAL)  # pytest-timeout's: for each attempt, not for all

@@ -18,6 +18,8 @@ from policy_server.client import Mismatch, PolicyClient, RequestFailed, ServerUn
 from policy_server.router import Server
 from tests.policy_server.policies import SIZE, Echo, Gate, embodiment, frames
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture
 def address() -> str:

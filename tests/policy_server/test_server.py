@@ -22,6 +22,8 @@ from policy_server.server import main
 from tests.policy_server.policies import SIZE, Echo, Gate
 from tests.policy_server.raw import Raw, infer, message
 
+pytestmark = pytest.mark.live
+
 ANY_PORT = "tcp://127.0.0.1:*"
 
 

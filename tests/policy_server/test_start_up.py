@@ -16,6 +16,8 @@ from policy_server.server import StartUp
 from tests.policy_server.policies import frames
 from tests.policy_server.test_client import ServerProcess, address  # noqa: F401
 
+pytestmark = pytest.mark.live
+
 
 def test_without_a_terminal_each_stage_logs_its_begin_and_its_end(caplog):
     caplog.set_level(logging.INFO, "policy_server")

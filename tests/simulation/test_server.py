@@ -15,6 +15,8 @@ from simulation.workcell import HOME
 from tests.simulation.running import Running, connect, move, running, start_driver, tracker, wait_for
 from vipra_ros.process import reserve_slot
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture(scope="module")
 def simulator():

@@ -10,6 +10,8 @@ import pytest
 from simulation.state import Facts, SharedState, StateError, StateWriter
 from tests.simulation.running import wait_for
 
+pytestmark = pytest.mark.live
+
 
 def _facts(name: str) -> Facts:
     return Facts(name, 1, ("left", "right"), ("127.0.0.1", "127.0.0.2"), "abc", nq=40, nv=36)

@@ -19,6 +19,8 @@ from tests.training import replicated
 from training import cli, distributed
 from training.run import Run, TrainingError, read_config
 
+pytestmark = pytest.mark.live
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 spec = importlib.util.spec_from_file_location("toy", HERE / "toy.py")

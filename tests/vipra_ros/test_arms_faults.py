@@ -16,6 +16,8 @@ from config.loading import load
 from config.safety import Safety
 from simulation.check import violations
 
+pytestmark = pytest.mark.live
+
 MOVE = 2  # franka RobotMode
 SPEED = 0.5
 STOP = load(Safety, "fr3").stop

@@ -8,6 +8,8 @@ from sensor_msgs.msg import JointState
 from simulation.check import extremes, violations
 from tests.vipra_ros.conftest import HOMES, HORIZON, RATE
 
+pytestmark = pytest.mark.live
+
 
 def test_a_chunk_stream_is_tracked_within_the_quality_limits(cell):
     """Design section 6 on the record, with 0.02 rad steps at chunk boundaries."""

@@ -16,6 +16,8 @@ from config.loading import ConfigError
 from vipra_ros import bringup
 from vipra_ros.process import wait_for
 
+pytestmark = pytest.mark.live
+
 ROOT = Path(__file__).parents[2]
 FILES = {"bimanual": "bimanual", "single": "single_arm", "policy_server": "policy_server"}
 

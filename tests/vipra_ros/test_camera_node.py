@@ -21,6 +21,8 @@ from vipra_ros.nodes import camera as camera_module
 from vipra_ros.nodes.camera import CameraNode
 from vipra_ros.process import Child, wait_for
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture
 def graph():

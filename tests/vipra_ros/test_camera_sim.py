@@ -20,6 +20,8 @@ from vipra_ros.clock import MonotonicClock, SimulatedClock
 from vipra_ros.nodes.camera import CameraNode
 from vipra_ros.process import Child, wait_for
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture(scope="module")
 def simulator(tmp_path_factory):

@@ -11,6 +11,8 @@ from config.robot import Robot
 from simulation.state import Facts, StateError, StateWriter
 from vipra_ros.clock import ClockStopped, MonotonicClock, SimulatedClock, make_clock, to_stamp
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture
 def writer(slot):

@@ -18,6 +18,8 @@ from vipra_ros.commander import ArmsStatus, Commander, State, connect
 from vipra_ros.execution.planner import Planner
 from vipra_ros.safety.supervisor import Supervisor
 
+pytestmark = pytest.mark.live
+
 BODY = load(Embodiment, "franka_bimanual")
 HOME = np.tile([0.0, -0.785398, 0.0, -2.356194, 0.0, 1.570796, 0.785398, 1.0], 2)
 JOINTS = np.array([d.kind == "joint" for d in BODY.dimensions])

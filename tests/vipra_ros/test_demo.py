@@ -16,6 +16,8 @@ from simulation.control import SimulationControl
 from vipra_ros.demo import Settings
 from vipra_ros.process import wait_for
 
+pytestmark = pytest.mark.live
+
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("control_ticks", "late_ticks", "starved_ticks", "chunk_latency_ms", "tracking_error_rad"),

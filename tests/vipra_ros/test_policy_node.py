@@ -40,6 +40,8 @@ from vipra_ros.nodes import policy as policy_module
 from vipra_ros.nodes.policy import PolicyNode, dimensions_by_arm
 from vipra_ros.process import Child, free_port, wait_for
 
+pytestmark = pytest.mark.live
+
 PERIOD_S = 1 / 30
 
 

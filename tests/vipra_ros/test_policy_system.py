@@ -12,6 +12,8 @@ from vipra_ros import bringup
 from vipra_ros.monitor import CallFailed, Monitor
 from vipra_ros.process import Child, free_port, reserve_slot, wait_for
 
+pytestmark = pytest.mark.live
+
 
 class System:
     """The bimanual graph on addresses of its own; `child(name)` is one of its processes."""

@@ -21,6 +21,8 @@ from vipra_ros.process import (
     wait_for,
 )
 
+pytestmark = pytest.mark.live
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -12,6 +12,8 @@ from simulation.check import extremes, violations
 from vipra_ros.process import wait_for
 from vipra_ros.robot.franka import ArmFault, FrankaArm
 
+pytestmark = pytest.mark.live
+
 CONFIG = load(Robot, "sim_bimanual")
 PERIOD = 0.005
 

@@ -11,6 +11,8 @@ from config.safety import GripperLimits
 from vipra_ros.process import wait_for
 from vipra_ros.robot.gripper import GripperWorker, Hysteresis
 
+pytestmark = pytest.mark.live
+
 LIMITS = GripperLimits()
 
 

@@ -31,7 +31,7 @@ from vipra_ros import bringup
 from vipra_ros.clock import ClockStopped, SimulatedClock
 from vipra_ros.evaluation import smoothness
 from vipra_ros.evaluation.ledger import Holds, Key, Ledger, Result, Void, run_trials
-from vipra_ros.evaluation.live import LATCHED, SAMPLE_HZ, GraphRig, at, resample
+from vipra_ros.evaluation.rig import LATCHED, SAMPLE_HZ, GraphRig, at, played, resample
 from vipra_ros.evaluation.server import Server, in_a_line
 from vipra_ros.monitor import CallFailed, Monitor
 from vipra_ros.process import Child, ProcessError, Slot, reserve_slot, wait_for
@@ -49,11 +49,12 @@ FAILURES = (ProcessError, SimulationError, StateError, ClockStopped)
 class Cell:
     """The simulated robot: `set` a trial up, as often as wanted, then let `rig` play; `close` at the end.
 
-    changes: fields of the robot, dotted, `policy.server` among them.
+    changes: fields of the robot, dotted, `policy.server` among them. evaluated: as of GraphRig.
     """
 
-    def __init__(self, robot: str, changes: dict, folder: Path, tell: Callable[[str], None]):
+    def __init__(self, robot: str, changes: dict, folder: Path, tell: Callable[[str], None], evaluated: dict):
         self._robot_name, self._changes, self._folder, self._tell = robot, changes, folder, tell
+        self._evaluated = evaluated
         self._resources = contextlib.ExitStack()
         self._children: list[Child] = []
         self.robot: Robot | None = None
@@ -71,6 +72,7 @@ class Cell:
                 self._tell(f"starting the robot again: {in_a_line(error)}")
         if since is None:
             since = self._start(trial)
+        self._wait(lambda: played(self.monitor.status("policy"))["model"], "the policy's server")
         seen = since + self.embodiment.history_seconds + 0.1
         self._wait(lambda: self.rig.newest_s > seen, "pictures of the trial")
 
@@ -90,7 +92,7 @@ class Cell:
         self.control = enter(contextlib.closing(SimulationControl(self.robot.simulation.name)))
         self.holds = Holds()
         self.monitor.watch_status("arms", self._see)
-        self.rig = GraphRig(self.monitor, tuple(self.robot.arms), self._tell)
+        self.rig = GraphRig(self.monitor, tuple(self.robot.arms), self._tell, self._evaluated)
         return self.clock.now()
 
     def _set_up(self, trial: Trial) -> float:
@@ -195,7 +197,7 @@ def run(
         changes |= {"simulation.name": slot.name}
         for number, arm in enumerate(load(Robot, robot).arms, 1):
             changes[f"arms.{arm}.hostname"] = slot.host(number)
-        cell = Cell(robot, changes, out / "logs", tell)
+        cell = Cell(robot, changes, out / "logs", tell, known)
         stack.callback(cell.close)
 
         def play(key: Key) -> Result:

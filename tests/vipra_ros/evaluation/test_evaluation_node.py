@@ -3,17 +3,20 @@
 import runpy
 from pathlib import Path
 
+import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from std_srvs.srv import Trigger
 
 from tests.vipra_ros.graph import Graph, write_robot
-from vipra_ros.evaluation.live import played
+from vipra_ros.evaluation.rig import played
 from vipra_ros.monitor import Status
 from vipra_ros.nodes.evaluation import KEYS, PARAMETERS, EvaluationNode
 from vipra_ros.nodes.policy import PolicyNode
 from vipra_ros.process import free_port, wait_for
+
+pytestmark = pytest.mark.live
 
 ROOT = Path(__file__).parents[3]
 

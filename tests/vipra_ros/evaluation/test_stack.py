@@ -24,6 +24,8 @@ from vipra_ros.evaluation.compare import compare
 from vipra_ros.evaluation.ledger import Holds, Key, Ledger
 from vipra_ros.process import wait_for
 
+pytestmark = pytest.mark.live
+
 LIMIT_S = 1.5
 TRIALS = [Key("unseen", seed) for seed in (3, 4, 5)]
 

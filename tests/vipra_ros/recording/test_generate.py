@@ -22,6 +22,8 @@ from vipra_ros.recording.generate import ATTEMPTS, ExpertFailed, Wanted
 from vipra_ros.teleop.expert import Operator, watching_hands
 from vipra_ros.teleop.follow import Teleoperation
 
+pytestmark = pytest.mark.live
+
 SECONDS = 4.5  # of each: the hand closes after 3.6
 
 

@@ -23,6 +23,8 @@ from vipra_ros.clock import to_stamp
 from vipra_ros.process import wait_for
 from vipra_ros.robot.commands import joint_names
 
+pytestmark = pytest.mark.live
+
 ARMS = ("left", "right")
 
 

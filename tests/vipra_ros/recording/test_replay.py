@@ -12,6 +12,8 @@ from vipra_ros.process import ProcessError, wait_for
 from vipra_ros.recording import replay
 from vipra_ros.recording.replay import Replayer
 
+pytestmark = pytest.mark.live
+
 RATE_HZ = 30.0
 # 0.04 rad from home and back: as far as the arms that never move are off
 PATH = 0.04 * np.sin(np.linspace(0, np.pi, 41))

@@ -16,6 +16,8 @@ from vipra_ros.teleop import calibrate, cli
 from vipra_ros.teleop.dynamixel import LeaderError, Reader, Servos, median_counts
 from vipra_ros.teleop.servos import POSE_RAD, TURN, CalibrationError, Unwrapped, offsets_in_pose
 
+pytestmark = pytest.mark.live
+
 IDS = tuple(range(1, 9))
 SIGNS = np.array((1, -1, 1, -1, 1, 1, 1))
 OFFSETS = np.array((0.0, math.pi / 2, math.pi, math.pi, math.pi, 3 * math.pi / 2, 0.0))

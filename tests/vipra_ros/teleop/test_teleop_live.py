@@ -16,6 +16,8 @@ from vipra_ros.clock import SimulatedClock
 from vipra_ros.nodes.messages import seconds, stamp
 from vipra_ros.process import wait_for
 
+pytestmark = pytest.mark.live
+
 SPEED = np.array([0.3, 0.1, -0.2, 0.1, 0.3, 0.1, 0.5])  # rad/s, largest
 PERIOD_S = 3.0
 

@@ -25,6 +25,8 @@ from vipra_ros.clock import to_stamp
 from vipra_ros.nodes.teleop import AGAIN_S, TeleopNode
 from vipra_ros.process import wait_for
 
+pytestmark = pytest.mark.live
+
 HOME = np.array(HOME)
 
 
