@@ -21,6 +21,8 @@ _session = reserve_slot()
 os.environ.setdefault("ROS_DOMAIN_ID", str(_session.domain))
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 os.environ.setdefault("MUJOCO_GL", "egl")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` started us; tests interrupt processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many tests at once as there are cores: a thread for each
     os.environ["OMP_NUM_THREADS"] = "1"
 

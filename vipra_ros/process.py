@@ -30,8 +30,11 @@ class ProcessError(RuntimeError):
 def die_with_parent(sig: int = signal.SIGINT) -> None:
     """Ask the kernel to send us `sig` when our parent goes, however it goes.
 
-    Survives exec. A launcher that is killed otherwise leaves its nodes, and so the arms, running.
+    Survives exec. A launcher that is killed otherwise leaves its nodes, and so the arms, running. A signal
+    that is ignored, as SIGINT in what a shell's `&` started, no longer is.
     """
+    if signal.getsignal(sig) is signal.SIG_IGN:
+        signal.signal(sig, signal.default_int_handler if sig == signal.SIGINT else signal.SIG_DFL)
     parent = os.getppid()
     if _LIBC.prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

@@ -19,8 +19,6 @@ from tests.training import replicated
 from training import cli, distributed
 from training.run import Run, TrainingError, read_config
 
-pytestmark = pytest.mark.live
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 spec = importlib.util.spec_from_file_location("toy", HERE / "toy.py")
@@ -63,6 +61,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.live
 def test_a_run_killed_and_restarted_ends_bitwise_where_an_undisturbed_one_does(reference, tmp_path):
     killed = script(tmp_path, 20, 13)
     assert killed.returncode == -9, killed.stderr
@@ -72,6 +71,7 @@ def test_a_run_killed_and_restarted_ends_bitwise_where_an_undisturbed_one_does(r
     assert losses(tmp_path) == reference[1]
 
 
+@pytest.mark.live
 def test_two_ranks_follow_the_same_curve_and_continue_a_run_of_one(reference, tmp_path, monkeypatch):
     toy.run(tmp_path, 20, toy.Toy(stop_at=10))
     latent = tmp_path / "latent"

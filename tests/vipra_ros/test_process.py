@@ -121,12 +121,13 @@ def test_children_do_not_outlive_their_launcher(tmp_path, end):
     gone(worker)
 
 
-def test_any_module_can_be_run_so_that_it_ends_with_its_parent(tmp_path):
+@pytest.mark.parametrize("handler", ["SIG_DFL", "SIG_IGN"])  # the latter: a shell's `&` started it
+def test_any_module_can_be_run_so_that_it_ends_with_its_parent(tmp_path, handler):
     (tmp_path / "stays.py").write_text(
         "import os, sys, time; print(os.getpid(), sys.argv[1]); time.sleep(60)"
     )
     launcher = (
-        "import subprocess, sys, time\n"
+        f"import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.{handler})\n"
         "subprocess.Popen([sys.executable, '-u', '-m', 'vipra_ros.process', 'stays', 'here']); time.sleep(60)"
     )
     parent = subprocess.Popen(
