@@ -87,12 +87,12 @@ def test_a_preset_decides_the_schedule_and_the_policy_that_fits(preset, expected
 
 
 def test_demo_runs_both_arms_and_reports(demo):
-    run = demo("--duration", "6", "--rate", "10")
+    run = demo("--duration", "4", "--rate", "10")
     status = run.process.wait(200)
     assert status == 0, run.said()
     report = json.loads((run.out / "report.json").read_text())
     assert set(report) == KEYS
-    assert report["control_ticks"] > 0.8 * 6 * 200
+    assert report["control_ticks"] > 0.8 * 4 * 200
     assert report["faults"] == [] and report["limit_violations_1khz"] == 0
     assert report["chunk_latency_ms"]["p50"] > 0
     with av.open(str(run.out / "front_camera.mp4")) as video:
@@ -114,7 +114,7 @@ def test_interrupt_stops_everything(demo):
 
 
 def test_a_stall_is_recovered_and_reported(demo):
-    run = demo("--duration", "6", "--rate", "10")
+    run = demo("--duration", "4", "--rate", "10")
     wait_for(lambda: "time left" in run.said() or run.process.poll() is not None, 120, "demo running")
     assert run.process.poll() is None, run.said()
     (simulator,) = (command for _, command in run.left() if "simulation.server" in command)
