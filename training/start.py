@@ -138,8 +138,8 @@ def weights_source(
         tensor = checkpoint.random_tensor(name, shapes[name], seed)
         if name == "backbone.vision_embedding.weight":
             codes = frames.codebook()
-            codes -= codes.mean(0)
-            tensor[: len(codes)] = codes / codes.std() @ tensor[: codes.shape[1]] / codes.shape[1] ** 0.5
+            tensor[: len(codes)] = (codes - codes.mean(0)) / codes.std() @ tensor[: codes.shape[1]]
+            tensor[: len(codes)] /= codes.shape[1] ** 0.5
         return tensor
 
     return source, fresh
