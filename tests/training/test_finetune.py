@@ -458,7 +458,7 @@ def test_a_new_vision_table_keeps_the_codebooks_distances(frame_tokenizer):
     source, fresh = start.weights_source(SMALL, None, frames, 0)
     table = source("backbone.vision_embedding.weight")[: VQ.codebook_size]
     codes = frames.codebook()
-    assert "backbone.vision_embedding.weight" in fresh and 0.01 < table.std() < 0.04
+    assert "backbone.vision_embedding.weight" in fresh and 0.005 < table.std() < 0.04
     near, far = torch.pdist(codes), torch.pdist(table)
     assert torch.corrcoef(torch.stack([near, far]))[0, 1] > 0.8
     again, _ = start.weights_source(SMALL, frames, frames, 0)
