@@ -35,7 +35,7 @@ PROFILE = f"""<?xml version="1.0" encoding="UTF-8"?>
 
 @contextlib.contextmanager
 def room_for_pictures() -> Iterator[None]:
-    """Nodes whose context is made inside can send pictures of some MB to other processes.
+    """A node made inside can send pictures of some MB to other processes, if it is its context's first.
 
     Only the sender needs it. A Fast DDS profile of the user's own is left in force.
     """
