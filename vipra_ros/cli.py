@@ -292,6 +292,12 @@ def home():
     _call("/arms/home", 60.0)
 
 
+@app.command("open")
+def open_hands():
+    """Open every hand; what they hold falls: /arms/open_hands. Only while nobody commands the arms."""
+    _call("/arms/open_hands", 5.0)
+
+
 def main() -> None:
     """Console entry point: expected errors end in one line and status 1."""
     try:

@@ -61,7 +61,8 @@ class Cell:
             )
         self.commands = {a: node.create_publisher(JointTrajectory, f"/{a}/joint_command", 2) for a in ARMS}
         self.services = {
-            s: node.create_client(Trigger, f"/arms/{s}") for s in ("acquire_lease", "stop", "recover", "home")
+            s: node.create_client(Trigger, f"/arms/{s}")
+            for s in ("acquire_lease", "stop", "recover", "home", "open_hands")
         }
         self.control = SimulationControl(self.name, 10.0)
 

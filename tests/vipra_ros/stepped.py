@@ -59,13 +59,16 @@ class KinematicHand:
     def wish(self, wish: str) -> None:
         self.opening = float(wish == "open")
 
+    def lost(self) -> bool:
+        return False
+
     def stop(self, timeout_s: float = 1.0) -> bool:
         return True
 
 
-class _Stepped(ArmsExecutor):
+class Stepped(ArmsExecutor):
     def _run(self) -> None:
-        """Ticked by `Robot.step` instead of by a thread."""
+        """Ticked by who made it instead of by a thread."""
 
 
 class Robot:
@@ -87,7 +90,7 @@ class Robot:
         self.hands = {name: KinematicHand() for name in self.names}
         clock = SimpleNamespace(now=lambda: self.t)
         homes = {name: home for name in self.names}
-        self.executor = _Stepped(self.arms, self.hands, homes, clock, Control(), safety, workcell)
+        self.executor = Stepped(self.arms, self.hands, homes, clock, Control(), safety, workcell)
         self.executor.start()
         gate = Supervisor(safety, self.names, workcell, np.tile(home, len(self.names)), self.t)
         planner = Planner(config, embodiment.horizon, 1 / 30)

@@ -209,6 +209,19 @@ def test_ros_time_jumps_move_nothing(cell):
     commander.let_go()
 
 
+def test_home_waits_for_arms_that_still_brake(cell):
+    with cell.record() as record:
+        with cell.cruising(1.0) as commander:
+            pass
+        commander.let_go()
+        answers = [cell.call("home")]
+        while not answers[-1][0]:
+            answers.append(cell.call("home"))
+        cell.wait(lambda: cell.state == "IDLE" and "home" in cell.reason, "home", 40)
+    assert violations(record) == {}
+    assert {why.partition(":")[0] for granted, why in answers if not granted} <= {"busy", "moving"}
+
+
 def test_home_brings_both_arms_home(cell):
     granted, why = cell.call("home")
     assert granted, why
@@ -230,10 +243,26 @@ def test_the_hands_follow_the_chunks_with_hysteresis(cell):
     with cell.acquire().streaming(0.0, gripper=hands) as commander:
         cell.wait(lambda: cell.joints["left"].position[7] < 0.1, "the left hand closed")
         assert cell.joints["right"].position[7] > 0.4
+        assert cell.call("open_hands") == (False, "busy: hands open while the arms are idle; state RUNNING")
     commander.let_go()
     cell.wait_state("IDLE")
     with cell.acquire().streaming(0.0) as commander:
         cell.wait(lambda: cell.joints["left"].position[7] > 0.9, "the left hand open")
+    commander.let_go()
+
+
+def test_idle_hands_open_where_they_are(cell):
+    with cell.acquire().streaming(0.0, gripper=lambda t: np.zeros((len(t), 2))) as commander:
+        cell.wait(lambda: max(j.position[7] for j in cell.joints.values()) < 0.1, "both hands closed")
+    commander.let_go()
+    cell.wait_state("IDLE")
+    before = cell.measured()[0]
+    with cell.record() as record:
+        assert cell.call("open_hands")[0]
+        cell.wait(lambda: min(j.position[7] for j in cell.joints.values()) > 0.9, "both hands open")
+    assert violations(record) == {} and np.abs(cell.measured()[0] - before).max() < 0.01
+    with cell.acquire().streaming(0.0, gripper=lambda t: np.zeros((len(t), 2))) as commander:
+        cell.wait(lambda: max(j.position[7] for j in cell.joints.values()) < 0.1, "both hands closed again")
     commander.let_go()
 
 

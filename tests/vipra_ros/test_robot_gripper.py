@@ -87,6 +87,7 @@ def test_a_lost_hand_is_a_visible_fault_and_comes_back(simulator, worker):
     assert time.monotonic() - began < 0.5  # a motion takes longer
     simulator.start_simulator()
     wait_for(lambda: not worker.fault and worker.opening > 0.9, 20.0, "the hand again, open")
+    assert worker.lost() and not worker.lost(), "the close was; whoever still wants it wishes again"
 
 
 @pytest.mark.parametrize("lost", [False, True])

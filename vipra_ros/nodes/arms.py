@@ -1,9 +1,9 @@
 """Arms node: owns every arm of the robot and translates between ROS and `ArmsExecutor`.
 
 Topics `/<arm>/joint_states`, `/<arm>/joint_reference` (what the arm is told), `/<arm>/joint_command`,
-`~/status`, `/diagnostics`; services `~/acquire_lease`, `~/stop`, `~/recover`, `~/home`. Every stamp is
-executor time. Timers run on the steady clock and motion on the executor clock, so jumps of wall or ROS time
-change nothing. A software stop is not a safety function: use the emergency stop.
+`~/status`, `/diagnostics`; services `~/acquire_lease`, `~/stop`, `~/recover`, `~/home`, `~/open_hands`. Every
+stamp is executor time. Timers run on the steady clock and motion on the executor clock, so jumps of wall or
+ROS time change nothing. A software stop is not a safety function: use the emergency stop.
 """
 
 import array
@@ -158,6 +158,7 @@ class ArmsNode(Node):
         self.create_service(Trigger, "~/acquire_lease", lambda _, r: _answer(r, core.acquire_lease))
         self.create_service(Trigger, "~/stop", lambda _, r: _answer(r, self._stop))
         self.create_service(Trigger, "~/home", lambda _, r: _answer(r, core.home))
+        self.create_service(Trigger, "~/open_hands", lambda _, r: _answer(r, core.open_hands))
         self.create_service(Trigger, "~/recover", self._recover)
         # A full collection takes tens of milliseconds and holds the interpreter: never while the loop runs.
         gc.collect()

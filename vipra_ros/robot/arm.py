@@ -86,6 +86,7 @@ class Hand(Protocol):
 
     def start(self) -> None: ...
 
+    def lost(self) -> bool: ...
     def wish(self, wish: str) -> None:
         """open or close; the latest one counts."""
 

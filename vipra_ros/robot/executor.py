@@ -153,6 +153,7 @@ class ArmsExecutor:
         self._inbox: deque[tuple[Tag, Chunk | None]] = deque(maxlen=16)
         self._command_fault: tuple[str, str] | None = None
         self._stop_request = ""
+        self._open_request = False
         self._home_request = False
         self._reseed: threading.Event | None = None
         self._resume: threading.Event | None = None
@@ -233,8 +234,17 @@ class ArmsExecutor:
             raise Rejected("busy", f"home needs idle arms and no commander; state {self.state.value}")
         if any(not side.arm.streaming for side in self._sides):
             raise Rejected("fault", "an arm is not under control; recover first")
+        if self._moving():
+            raise Rejected("moving", "the arms have not come to rest yet; ask again")
         self._home_request = True
         return "homing; ~/status tells when it is done"
+
+    def open_hands(self) -> str:
+        """Open every hand where it is. Raises Rejected while a commander may command them, or latched."""
+        if self.state not in (State.IDLE, State.HOLDING) or self.lease.held(self._clock.now()):
+            raise Rejected("busy", f"hands open while the arms are idle; state {self.state.value}")
+        self._open_request = True
+        return "opening the hands"
 
     def recover(self) -> str:
         """Lead back from a latched stop or fault: clear the arms' errors, void every lease, hold. Blocks for
@@ -549,6 +559,10 @@ class ArmsExecutor:
             self._reseed_at(q, now)
             reseeded, self._reseed = self._reseed, None
             reseeded.set()
+        if self._open_request:
+            self._open_request = False
+            if self.state in (State.IDLE, State.HOLDING):
+                self._open_hands()
         if self._home_request:
             self._home_request = False
             self._begin_home(now)
@@ -589,8 +603,8 @@ class ArmsExecutor:
         """Home along a minimum-jerk path, as a chunk of our own: the same reference, limits, dead-man and
         stop.
         """
-        if self.state not in (State.IDLE, State.HOLDING):
-            return
+        if self.state not in (State.IDLE, State.HOLDING) or self._moving():
+            return  # since it was granted
         start = self._gate.state[0]
         distance = float(np.abs(self._home - start).max())
         duration = min(max(1.875 * distance / _HOME_VELOCITY, 1.0), _HOME_MAX_S)
@@ -653,12 +667,22 @@ class ArmsExecutor:
         if sample.gripper is None or self.state is not State.RUNNING or action == self._gripper_action:
             return
         self._gripper_action = action
+        for side in self._sides:
+            if side.gripper is not None and side.gripper.lost():
+                side.hysteresis.reset()
         hands = [i for i, side in enumerate(self._sides) if side.gripper is not None]
         for i, opening in zip(hands, sample.gripper, strict=False):
             side, self._openings[i] = self._sides[i], float(opening)
             wish = side.hysteresis.update(float(opening))
             if wish is not None:
                 side.gripper.wish(wish)
+
+    def _open_hands(self) -> None:
+        for i, side in enumerate(self._sides):
+            if side.gripper is not None:
+                self._openings[i] = 1.0
+                side.hysteresis.reset()
+                side.gripper.wish("open")
 
     def _account(self, sample: Sample, q: np.ndarray) -> None:
         counters = self.counters
@@ -708,6 +732,10 @@ class ArmsExecutor:
 
     def _is_holder(self, tag: Tag) -> bool:
         return bool(self.lease.holder) and (tag.lease, tag.epoch) == (self.lease.holder, self.lease.epoch)
+
+    def _moving(self) -> bool:
+        """Whether the arms move, or are told to."""
+        return bool(self._gate.state[1].any()) or not self._slow()
 
     def _slow(self) -> bool:
         return float(np.abs(self._dq).max()) < self._config.stop.rest_velocity_rad_s

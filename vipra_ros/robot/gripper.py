@@ -64,6 +64,7 @@ class GripperWorker:
         self._fault = "not connected yet"
         self._grasped: bool | None = None
         self._moving: Wish | None = None
+        self._lost = False
         self._closing = threading.Event()
         self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"{name}-gripper", daemon=True)
@@ -96,6 +97,11 @@ class GripperWorker:
         """The command that runs now."""
         return self._moving
 
+    def lost(self) -> bool:
+        """Once after a command that the connection ended: repeated only when it is wished for anew."""
+        lost, self._lost = self._lost, False
+        return lost
+
     def stop(self, timeout_s: float = 1.0) -> bool:
         """End the thread once its command has ended. False if that takes longer: the thread goes on alone."""
         self._closing.set()
@@ -117,6 +123,7 @@ class GripperWorker:
                     self._execute(gripper, wish)
             except Exception as error:  # the hand's faults never stop the arms: shown, then tried again
                 gripper = None
+                self._lost |= self._moving is not None
                 self._moving = None
                 self._fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 self._closing.wait(_RECONNECT_S)
