@@ -324,7 +324,7 @@ class Commander:
         code, _, words = text.partition(" ")
         if code in ("lease", "epoch"):
             self.lease = None
-        if code not in (*PASSING, "lease", "epoch", "lost") or self.counts.in_a_row >= GIVE_UP:
+        if code not in (*PASSING, "holding", "lease", "epoch", "lost") or self.counts.in_a_row >= GIVE_UP:
             return Problem(f"the arms refuse chunk {seq}: {code}: {words}", fatal=True)
         return None
 

@@ -525,7 +525,7 @@ def test_a_stray_chunk_is_dropped_and_the_motion_goes_on(scene):
     assert np.ptp(starts, axis=0).max() < 0.1
 
 
-@pytest.mark.parametrize(("code", "chunks"), [("expired", 5), ("start", 1)])
+@pytest.mark.parametrize(("code", "chunks"), [("expired", 5), ("holding", 5), ("start", 1)])
 def test_refusals_by_the_arms_are_retried_only_where_that_can_help(scene, code, chunks):
     scene.serve()
     scene.film()
