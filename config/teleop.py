@@ -114,4 +114,10 @@ class Teleop(Strict):
         for arm, leader in self.leaders.items():
             if self.source == "dynamixel" and leader.dynamixel is None:
                 raise ValueError(f"{arm}: no dynamixel section: run vipra gello calibrate --arm {arm}")
+        if self.source == "dynamixel":
+            what, places = "port", [leader.dynamixel.port for leader in self.leaders.values()]
+        else:
+            what, places = "namespace", [leader.namespace.strip("/") for leader in self.leaders.values()]
+        if len(set(places)) < len(places):
+            raise ValueError(f"leaders: {what} {places[0]!r} twice: one GELLO would lead both arms")
         return self

@@ -314,6 +314,7 @@ class TeleopNode(Node):
 
     def _tick(self) -> None:
         for arm, reader in self._readers.items():
+            reader.coupled = self._teleop.active
             for t, joints, opening in reader.take():
                 self._teleop.add(arm, t, joints, opening)
             if reader.problem and self._teleop.active:

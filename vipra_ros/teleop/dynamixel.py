@@ -109,7 +109,8 @@ def ids_of(config: Dynamixel) -> tuple[int, ...]:
 class Reader:
     """Reads one GELLO in a thread of its own, and opens the port again when it was lost.
 
-    `take` gives the samples since the last call; `problem` says why there are none.
+    `take` gives the samples since the last call; `problem` says why there are none. While not `coupled`,
+    angles are those within the arm's ranges: a joint that was turned once round is where it looks to be.
     """
 
     def __init__(self, config: Dynamixel, rate_hz: float, clock: Callable[[], float]):
@@ -118,6 +119,7 @@ class Reader:
         self._samples: deque[tuple[float, np.ndarray, float | None]] = deque(maxlen=100)
         self._closing = threading.Event()
         self.problem = f"{config.port}: not opened yet"
+        self.coupled = False  # set by whoever uses the samples
         self.lost = 0  # answers that were damaged or did not come
         self._thread = threading.Thread(target=self._run, name=f"gello {config.port}", daemon=True)
 
@@ -158,7 +160,7 @@ class Reader:
             counts = servos.read()
             if counts is not None:
                 # The servos answer one after the other: the middle of the transfer.
-                self._samples.append((0.5 * (asked + self._clock()), *unwrapped(counts)))
+                self._samples.append((0.5 * (asked + self._clock()), *unwrapped(counts, not self.coupled)))
                 self.problem, answered = "", time.monotonic()
             else:
                 self.lost += 1

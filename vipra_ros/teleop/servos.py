@@ -40,9 +40,12 @@ class Unwrapped:
         self._signs, self._offsets = np.array(config.signs), np.array(config.offsets_rad)
         self._last: np.ndarray | None = None
 
-    def __call__(self, counts: np.ndarray) -> tuple[np.ndarray, float | None]:
-        """`counts` [7, or 8 with the trigger's last] -> joints [7] rad, opening 0..1 or None."""
-        middle = MIDDLE_RAD if self._last is None else self._last
+    def __call__(self, counts: np.ndarray, anew: bool = False) -> tuple[np.ndarray, float | None]:
+        """`counts` [7, or 8 with the trigger's last] -> joints [7] rad, opening 0..1 or None.
+
+        anew: in the turn of the arm's joint ranges, whatever came before.
+        """
+        middle = MIDDLE_RAD if anew or self._last is None else self._last
         self._last = near(self._signs * (angles(counts[:7]) - self._offsets), middle)
         return self._last, self._opening(counts[7]) if len(counts) > 7 else None
 

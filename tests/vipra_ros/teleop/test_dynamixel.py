@@ -204,6 +204,20 @@ def test_joints_go_on_smoothly_wherever_the_counts_wrap(steps, turns, joint, mod
         assert opening == pytest.approx(0.3, abs=2e-3)
 
 
+def test_a_joint_turned_once_round_while_uncoupled_is_where_it_looks_to_be():
+    unwrapped = Unwrapped(dynamixel())
+
+    def turned(by: float, anew: bool) -> float:
+        counts = list(counts_of(POSE_RAD + by * np.eye(7)[6], 0.3, 0).values())
+        return unwrapped(np.array(counts), anew)[0][6] - POSE_RAD[6]
+
+    around = np.linspace(0.0, 2 * math.pi, 20)
+    assert turned(0.0, True) == pytest.approx(0.0, abs=1e-3)
+    assert [turned(by, False) for by in around] == pytest.approx(around, abs=2e-3)
+    assert turned(2 * math.pi, True) == pytest.approx(0.0, abs=2e-3)
+    assert [turned(by, True) for by in around[:9]] == pytest.approx(around[:9], abs=2e-3)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(0, 3), min_size=7, max_size=7),
@@ -270,8 +284,15 @@ def test_the_verbs_write_a_file_that_reads_the_same_gello(bus, tmp_path, monkeyp
     out = tmp_path / "mine.yaml"
     operator = Operator(bus)
     monkeypatch.setattr("builtins.input", operator.ask)
-    for arm in ("left", "right"):
-        assert cli.main(["calibrate", "--port", str(bus.path), "--arm", arm, "--out", str(out)]) == 0
+    other = tmp_path / "another_name_of_it"
+    other.symlink_to(bus.path)
+    calibrate = ["calibrate", "--out", str(out), "--port"]
+    assert cli.main([*calibrate, str(bus.path), "--arm", "left"]) == 0
+    before = out.read_text()
+    with pytest.raises(ConfigError, match="twice: one GELLO would lead both arms"):
+        cli.main([*calibrate, str(bus.path), "--arm", "right"])
+    assert out.read_text() == before
+    assert cli.main([*calibrate, str(other), "--arm", "right"]) == 0
     config = load(Teleop, str(out))
     assert set(config.leaders) == {"left", "right"} and config.source == "dynamixel"
     bus.counts = counts_of(POSE_RAD + 0.2, 0.5)

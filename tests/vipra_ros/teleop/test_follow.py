@@ -17,12 +17,13 @@ from vipra_ros.teleop.follow import Refused, State, Teleoperation
 from vipra_ros.teleop.leader import OneEuro, Samples, Stamps
 
 HOME = np.array([0.0, -0.785398, 0.0, -2.356194, 0.0, 1.570796, 0.785398])
+LEADERS = {"left": {"namespace": "left"}, "right": {"namespace": "right"}}
 PERIOD = 0.04
 SAFETY = load(Safety, "fr3")
 
 
 def config(**changes) -> Teleop:
-    return parse(Teleop, {"source": "topics", "leaders": {"left": {}, "right": {}}, **changes}, "test")
+    return parse(Teleop, {"source": "topics", "leaders": LEADERS, **changes}, "test")
 
 
 class Rig:
@@ -427,6 +428,7 @@ def test_stamps_of_another_clock_follow_its_rate_and_survive_its_jumps():
         ({"delay_s": 0.05}, "delay_s must be at least 0.08"),
         ({"knots": 4, "delay_s": 0.16}, "chunks would begin in the future"),
         ({"lost_after_s": 0.05}, "lost_after_s"),
+        ({"leaders": {"left": {}, "right": {}}}, "namespace '' twice: one GELLO would lead both"),
         ({"source": "dynamixel"}, "vipra gello calibrate --arm left"),
         ({"align_velocity_rad_s": 0.5}, "align_velocity_rad_s"),
     ],
