@@ -1,8 +1,9 @@
 """Recording demonstrations: where to, how many, and what makes an episode suspicious."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from config.loading import Strict
+from config.loading import Strict, load, root
+from config.task import Task
 
 
 class Recording(Strict):
@@ -26,11 +27,26 @@ class Recording(Strict):
         description="also every message but pictures as <dataset>/raw/<time>.mcap; needs the package mcap",
     )
 
+    @field_validator("task")
+    @classmethod
+    def _words(cls, task: str) -> str:
+        file = root() / "config" / "tasks" / f"{task}.yaml"
+        if task.replace("_", "").isalnum() and file.is_file():
+            (words, *_) = load(Task, task).instructions
+            raise ValueError(
+                f"{task} is a file's name, and what a policy would learn as its instruction: "
+                f"give the words themselves, such as {words!r} with the fields filled in"
+            )
+        return task
+
 
 class Quality(Strict):
     """Above these, an episode is suspicious. Used while recording and by `vipra dataset check`."""
 
     sync_ms: float = Field(10.0, gt=0, description="99th percentile of a frame's synchronisation error")
+    stale_ms: float = Field(
+        100.0, gt=0, description="synchronisation error of a single frame: arms were not heard of"
+    )
     gap_frames: float = Field(
         1.75, gt=1, description="frame periods between two captures; 1.5 is three of a camera twice as fast"
     )
@@ -38,9 +54,10 @@ class Quality(Strict):
         20.0, gt=0, description="that captures may stray from the even rate within a second, 95th percentile"
     )
     freeze_s: float = Field(
-        0.3, gt=0, description="no picture change while an arm moves by freeze_motion_rad"
+        0.3, gt=0, description="no picture change while an arm or hand moves by freeze_motion_rad or _opening"
     )
     freeze_motion_rad: float = Field(0.05, gt=0)
+    freeze_motion_opening: float = Field(0.1, gt=0, description="share of the whole opening")
     freeze_levels: float = Field(
         3.0, ge=0, description="largest mean change of a 16x16 px block that counts as none, of 255"
     )

@@ -20,7 +20,7 @@ _HELD_RAD, _PAUSE_S = 0.02, 0.5  # an arm that moved less over a longer gap was 
 class Finding:
     """One problem; `first`, `last`: the frames it concerns."""
 
-    kind: str  # short dropped sync gap pause pace frozen idle limit tracking duplicate
+    kind: str  # short dropped sync stale gap pause pace frozen idle limit tracking duplicate
     text: str
     first: int = 0
     last: int = 0
@@ -105,6 +105,11 @@ def _times(trace: Trace, quality: Quality) -> list[Finding]:
         text = f"synchronisation error {worst:.1f} ms (99th percentile), over {quality.sync_ms:g} ms"
         found.append(Finding("sync", text, at, at))
     step = np.diff(trace.capture)
+    new = np.append(True, step > 0)
+    for first, last in spans(new & (1000 * trace.sync > quality.stale_ms)):
+        worst = 1000 * trace.sync[first : last + 1].max()
+        text = f"states or actions {worst:.0f} ms from their picture at {_at(trace, first, last)}"
+        found.append(Finding("stale", text, first, last))
     for first, last in spans(step <= 0):
         count = last - first + 1
         text = f"{count} frame{'s' * (count > 1)} without a new picture at {_at(trace, first + 1, last + 1)}"
@@ -153,9 +158,13 @@ def _frozen(trace: Trace, quality: Quality) -> list[Finding]:
     still[:1] = False
     for first, last in spans(still):
         first -= 1  # the picture that stayed
-        moved = np.ptp(trace.state[first : last + 1][:, trace.joints], axis=0).max(initial=0)
-        if (last - first) / trace.fps > quality.freeze_s and moved > quality.freeze_motion_rad:
-            text = f"camera frozen at {_at(trace, first, last)} while an arm moved {moved:.2f} rad"
+        moved = np.ptp(trace.state[first : last + 1], axis=0)
+        arm, hand = moved[trace.joints].max(initial=0), moved[~trace.joints].max(initial=0)
+        if (last - first) / trace.fps <= quality.freeze_s:
+            continue
+        if arm > quality.freeze_motion_rad or hand > quality.freeze_motion_opening:
+            what = f"an arm moved {arm:.2f} rad" if arm > quality.freeze_motion_rad else "a hand moved"
+            text = f"camera frozen at {_at(trace, first, last)} while {what}"
             found.append(Finding("frozen", text, first, last))
     return found
 
@@ -183,9 +192,10 @@ def _commands(trace: Trace, quality: Quality, limits: JointRange | None) -> list
         frame, joint = np.unravel_index(error.argmax(), error.shape)
         text = f"{names[joint]} was {error.max():.2f} rad off its action, over {quality.tracking_rad:g} rad"
         found.append(Finding("tracking", f"{text} at {frame / trace.fps:.1f} s", int(frame), int(frame)))
-    if limits is None or int(joints.sum()) % 7:
+    each = len(limits.position_min_rad) if limits else 0
+    if not each or len(names) % each:
         return found
-    arms = int(joints.sum()) // 7
+    arms = len(names) // each
     action = trace.action[:, joints]
     low = np.tile(limits.position_min_rad, arms) + limits.soft_margin_rad
     high = np.tile(limits.position_max_rad, arms) - limits.soft_margin_rad

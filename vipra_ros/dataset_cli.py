@@ -208,6 +208,9 @@ def _check(said: argparse.Namespace) -> int:
     console = Console()
     if table.row_count:
         console.print(table)
+    each = len(joints.position_min_rad)
+    if (count := sum(not name.endswith("gripper") for name in dataset.names(ACTION))) % each:
+        console.print(f"limits are not checked: {count} joints, --safety {said.safety} is for {each} an arm")
     kinds = Counter(f.kind for findings in problems for f in findings)
     bad = sum(bool(p) for p in problems)
     frames = sum(row.length for row in dataset.rows)
@@ -378,7 +381,7 @@ def _generate(said: argparse.Namespace) -> int:
             if said.real_path:
                 from vipra_ros.teleop.expert import demonstrate
 
-                made = demonstrate(wanted, name, said.dataset, print)
+                made = demonstrate(wanted, name, said.task, said.dataset, print)
             else:
                 with Progress(console=Console(stderr=True), transient=True) as bar:
                     job = bar.add_task("episodes", total=said.episodes)

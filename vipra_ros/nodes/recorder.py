@@ -110,7 +110,7 @@ class RecorderNode(Node):
             self._log_raw(tuple(hands), samples)
         session = self._session
         for verb, action in {
-            "start": lambda: session.start(self._executor_clock.now()),
+            "start": self._start,
             "stop": session.stop,
             "keep": session.keep,
             "discard": session.discard,
@@ -192,6 +192,11 @@ class RecorderNode(Node):
             response.success, response.message = False, str(error)
         self._publish_status()
         return response
+
+    def _start(self) -> str:
+        if self.count_publishers(self._status.topic_name) > 1:  # every request would reach both
+            raise Refused("another recorder runs in this graph: stop one of the two")
+        return self._session.start(self._executor_clock.now())
 
     # --- session to ROS
 

@@ -39,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep-clean", action="store_true", help="keep at once what has no warning")
     parser.add_argument("--raw", action="store_true", help="also every message but pictures as MCAP")
     said = parser.parse_args(argv)
+    if not said.dataset:
+        for action in parser._actions:
+            if action.option_strings and getattr(said, action.dest, action.default) != action.default:
+                parser.error(
+                    f"{action.option_strings[-1]} is for a recorder started here: name a FOLDER; "
+                    "one that runs already has its own (ros2 param set /recorder task '...')"
+                )
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     from vipra_ros.monitor import Monitor
     from vipra_ros.process import Child, ProcessError, signals_raise, wait_for
@@ -62,9 +69,13 @@ def main(argv: list[str] | None = None) -> int:
                 hint = (
                     "the recorder" if child else "a running recorder (or name a folder: vipra record FOLDER)"
                 )
-                wait_for(
-                    lambda: monitor.status("recorder"), _READY_S if child else 5.0, hint, children, child
-                )
+                mine = child and str(said.dataset.expanduser().resolve())
+
+                def heard() -> bool:
+                    status = monitor.status("recorder")
+                    return status is not None and mine in (None, status.values["dataset"])
+
+                wait_for(heard, _READY_S if child else 5.0, hint, children, child)
                 return run(monitor, children)
         except KeyboardInterrupt:
             return 0

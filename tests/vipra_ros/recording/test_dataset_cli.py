@@ -111,6 +111,42 @@ def test_every_fault_is_found_in_its_episode(tmp_path, capsys):
     assert 0 not in without and 5 not in without and "idle" not in without.get(3, set())
 
 
+def test_a_picture_that_stands_while_a_hand_closes_is_frozen():
+    t, rows = np.arange(40) / FPS, np.arange(40)
+    q = np.stack([motion(0.0)] * 40)
+    q[:, 7] = np.interp(rows, [10, 16], [1.0, 0.2])
+    still = (rows > 9) & (rows < 18)
+    seen = Trace(FPS, NAMES, t, np.zeros(40), q, q, np.where(still, 0.0, 50.0))
+    (found,) = [f for f in quality.inspect(seen, Quality(idle_s=9)) if f.kind != "tracking"]
+    assert found.kind == "frozen" and found.text.endswith("while a hand moved")
+    q[:, 7] = 0.95 + 0.05 * np.sin(rows)  # a hand that trembles has not moved
+    assert not [f for f in quality.inspect(seen, Quality(idle_s=9)) if f.kind == "frozen"]
+
+
+def test_arms_that_were_not_heard_of_for_a_moment_are_found_in_a_long_episode():
+    """Too few frames for the 99th percentile."""
+    q = np.stack([motion(x) for x in np.arange(900) / FPS])
+    sync = np.full(900, 0.003)
+    sync[400:408] = np.linspace(0.07, 0.55, 8)
+    seen = Trace(FPS, NAMES, np.arange(900) / FPS, sync, q, q, np.full(900, 50.0))
+    (found,) = [f for f in quality.inspect(seen, Quality()) if f.kind not in ("idle", "tracking")]
+    assert (found.kind, found.first, found.last) == ("stale", 401, 407)
+    assert "550 ms from their picture" in found.text
+
+
+def test_limits_of_arms_with_another_number_of_joints_are_said_to_be_unchecked(tmp_path, capsys):
+    names = (*(f"ur_joint{i}" for i in range(1, 7)), "ur_gripper")
+    with Writer.create(tmp_path / "d", FPS, demonstration.features(names, *SIZE), "ur", crf=23) as writer:
+        for i in range(20):
+            row = dict.fromkeys((demonstration.STATE, demonstration.ACTION), motion(i / FPS)[1:])
+            row |= {demonstration.CAMERA: picture(i / FPS), demonstration.CAPTURE: [i / FPS]}
+            writer.add(row | {demonstration.SYNC: [0.003]}, "reach")
+        writer.save()
+    assert kinds(tmp_path / "d")[0] == 0
+    said = "limits are not checked: 6 joints, --safety fr3 is for 7 an arm"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_no_instruction_and_no_episode_are_problems(tmp_path):
     write(tmp_path / "d", (clean(0.0), 20), task=" ")
     assert kinds(tmp_path / "d") == (1, {0: {"task"}})

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from config.loading import ConfigError, parse
+from config.recording import Recording
 from vipra_ros.monitor import CallFailed
 from vipra_ros.recording import cli
 from vipra_ros.recording.keyboard import read_key, verb
@@ -91,3 +93,17 @@ def test_the_end_of_the_input_ends_it(monkeypatch):
     monkeypatch.setattr(cli, "read_key", lambda timeout_s: "\x04")
     recorder = Recorder("RECORDING")
     assert cli.run(recorder) == 0 and recorder.looks == 2
+
+
+@pytest.mark.parametrize("options", [["--task", "stack the cups"], ["--raw"], ["--target", "100"]])
+def test_options_that_a_running_recorder_would_not_hear_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(options)
+    assert f"{options[0]} is for a recorder started here: name a FOLDER" in capsys.readouterr().err
+
+
+def test_a_task_files_name_is_no_instruction():
+    said = "stack_cups is a file's name, .* such as 'pick up {moved} cup and stack on {target} cup'"
+    with pytest.raises(ConfigError, match=said):
+        parse(Recording, {"task": "stack_cups"}, "recorder")
+    assert Recording(task="stack cups").task == "stack cups"

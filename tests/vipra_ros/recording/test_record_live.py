@@ -149,6 +149,11 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
         second = Terminal(graph, str(cups), "--task", "stack", *robot_in, cwd=tmp_path)
         second.wait("another writer (process ")
         assert second.end() == 1
+        third = Terminal(graph, str(tmp_path / "bowls"), "--task", "stack", *robot_in, cwd=tmp_path)
+        third.wait("ready")
+        third.key(" ", "another recorder runs in this graph")
+        third.key("q", "")
+        assert third.end() == 0
         terminal.key("q", "")
         assert terminal.end() == 0
     finally:
