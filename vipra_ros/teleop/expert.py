@@ -5,6 +5,7 @@ that is what an operator has: teleop node with its soft start, arms, camera, rec
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -251,7 +252,7 @@ class Operator:
         self._wait(lambda: self._state("arms") in ("IDLE", "HOLDING", *LATCHED), "the arms at rest")
         if self._state("arms") in LATCHED:
             self._wait(self._recovered, "recovery")
-        told, asked_s = self._monitor.call("/arms/home", 15.0), self._control.status()["time_s"]
+        told, asked_s = self._insist("/arms/home"), self._control.status()["time_s"]
 
         def over() -> bool:
             return float(self._values("arms")["time_s"]) > asked_s and self._state("arms") != "HOMING"
@@ -267,13 +268,15 @@ class Operator:
         squeezed = [(joints, dict.fromkeys(joints, 0.0))] * (samples // 4)
         self._leaders.play(iter([*squeezed, *[(joints, opened)] * samples]), lambda: self._check("teleop"))
 
-    def _insist(self, service: str) -> None:
-        """Call until it is not refused: samples and pictures may be a moment late. Raises CallFailed."""
+    def _insist(self, service: str) -> str:
+        """Call until it is not refused: arms may still brake, samples and pictures be a moment late.
+
+        Returns its answer; raises CallFailed.
+        """
         end_s = time.monotonic() + WAIT_S
         while True:
             try:
-                self._monitor.call(service, 15.0)
-                return
+                return self._monitor.call(service, 15.0)
             except CallFailed:
                 self._check()
                 if time.monotonic() > end_s:
@@ -333,22 +336,35 @@ def _rest(world: LiveWorld, command: Command, samples: int) -> Iterator[Command]
         world.refresh()
 
 
-def demonstrate(wanted: Wanted, robot: str, root: Path, tell: Callable[[str], None]) -> int:
+def demonstrate(wanted: Wanted, robot: str, task_file: str, root: Path, tell: Callable[[str], None]) -> int:
     """Record through the nodes until the dataset at `root` has `wanted.episodes`; how many were made now.
 
-    robot: file in config/robots, simulated. Starts and stops a graph of its own. Raises ExpertFailed,
-    ProcessError, ConfigError.
+    robot: file in config/robots, simulated. task_file: what `wanted.task` was loaded from. Starts and stops a
+    graph of its own, anew where a trial has objects of other shapes. Raises ExpertFailed, ProcessError,
+    ConfigError.
     """
     begun = len(Dataset(root)) if (root / layout.INFO).is_file() else 0
-    if begun >= wanted.episodes:
-        return 0
+    missing = range(begun, wanted.episodes)
+    for _, numbers in itertools.groupby(missing, lambda n: wanted.trial(n).workcell.shapes):
+        first, *others = numbers
+        with _operator(wanted, robot, task_file, root, first, tell) as operator:
+            for number in (first, *others):
+                operator.record(number, tell)
+    return len(missing)
+
+
+@contextlib.contextmanager
+def _operator(
+    wanted: Wanted, robot: str, task_file: str, root: Path, first: int, tell: Callable[[str], None]
+) -> Iterator[Operator]:
+    """With everything running that records episode `first` and those after it."""
     folder = run_folder("generate").resolve()
     with contextlib.ExitStack() as stack:
         slot = reserve_slot()
         stack.callback(slot.release)
         arms = tuple(wanted.robot.arms)
         teleop = "gello_single" if arms == ("right",) else "gello"
-        trial = wanted.trial(begun)
+        trial = wanted.trial(first)
         given = {
             "robot": robot,
             "teleop": teleop,
@@ -359,7 +375,7 @@ def demonstrate(wanted: Wanted, robot: str, root: Path, tell: Callable[[str], No
             "run_dir": str(folder),
         }
         hosts = {f"arms.{arm}.hostname": slot.host(i + 1) for i, arm in enumerate(arms)}
-        names = {"simulation.name": slot.name, "simulation.task": wanted.task.name}
+        names = {"simulation.name": slot.name, "simulation.task": task_file}
         paced = {"simulation.split": wanted.split, "simulation.wait_for_camera": True}
         graph = bringup.describe("teleop", given, {**hosts, **names, **paced})
         tell(f"starting {', '.join(p.name for p in graph.processes)}; logs in {folder}")
@@ -372,7 +388,6 @@ def demonstrate(wanted: Wanted, robot: str, root: Path, tell: Callable[[str], No
         monitor = stack.enter_context(Monitor(slot.domain, "LOCALHOST"))
         leaders = Leaders(load(Teleop, teleop), arms, slot.domain, clock)
         stack.callback(leaders.close)
-        operator = Operator(wanted, monitor, leaders, control, children)
         wait_for(monitor.frames_per_second, START_S, "a picture", children)
         wait_ready(monitor, children)
         wait_for(
@@ -381,6 +396,4 @@ def demonstrate(wanted: Wanted, robot: str, root: Path, tell: Callable[[str], No
             "the recorder",
             children,
         )
-        for number in range(begun, wanted.episodes):
-            operator.record(number, tell)
-    return wanted.episodes - begun
+        yield Operator(wanted, monitor, leaders, control, children)

@@ -1,5 +1,7 @@
 """One trial recorded through the nodes and one made by the fast generator are demonstrations of one kind."""
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from episodes.demonstration import ACTION, CAMERA, CAPTURE, STATE, SYNC
 from episodes.reader import Dataset
 from vipra_ros.recording import generate as generator
 from vipra_ros.recording.generate import ATTEMPTS, ExpertFailed, Wanted
+from vipra_ros.teleop import expert
 from vipra_ros.teleop.expert import Operator, watching_hands
 from vipra_ros.teleop.follow import Teleoperation
 
@@ -244,3 +247,22 @@ def test_an_expert_that_fails_tries_every_style_and_says_which_trial(monkeypatch
     judge.success = True
     generator._make(wanted(8), 7)
     assert styles == [0, 1, 2, 0]
+
+
+def test_another_graph_is_started_where_the_objects_shapes_are_others(tmp_path, monkeypatch):
+    wanted = Wanted(load(Task, "cover_object"), load(Robot, "sim_single"), 6)
+    shapes = [wanted.trial(n).workcell.shapes for n in range(6)]
+    started: list[list[int]] = []
+
+    @contextlib.contextmanager
+    def graph(wanted, robot, task_file, root, first, tell):
+        assert (robot, task_file) == ("sim_single", "mine.yaml")
+        started.append([])
+        yield SimpleNamespace(record=lambda number, tell: started[-1].append(number))
+
+    monkeypatch.setattr(expert, "_operator", graph)
+    assert expert.demonstrate(wanted, "sim_single", "mine.yaml", tmp_path / "new", print) == 6
+    assert list(itertools.chain(*started)) == list(range(6)) and len(started) > 1
+    for numbers in started:
+        assert all(shapes[n] == shapes[numbers[0]] for n in numbers)
+    assert all(shapes[a[-1]] != shapes[b[0]] for a, b in itertools.pairwise(started))
