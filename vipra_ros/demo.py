@@ -30,7 +30,7 @@ ROBOT = "sim_bimanual"
 # Appended chunks start where the last one ends, which only actions relative to the state can do.
 SHIPPED = {"observation": "vipra_tiny_bimanual", "append": "vipra_tiny_bimanual_relative"}
 ENDED = ("FAULT", "STOPPED")  # states of the arms that nothing but a recovery leaves
-STALLS = ("clock", "deadman", "frozen", "stall")  # faults of a machine that was too busy, not of the robot
+STALLS = ("clock", "deadman", "frozen")  # faults of a machine that was too busy, not of the robot
 RECOVERIES = 3  # as often does the demo do what an operator would: recover, start
 SLOWEST = 4.0  # wall seconds a second of control may take before the demo gives up
 

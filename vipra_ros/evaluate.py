@@ -14,7 +14,15 @@ from config.robot import PolicyClient as PolicyConfig
 from config.task import Task
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
-from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Result, trial_settings, write_atomically
+from vipra_ros.evaluation.ledger import (
+    EvaluationError,
+    Key,
+    Ledger,
+    Result,
+    locked,
+    trial_settings,
+    write_atomically,
+)
 
 EXPERT = "expert"
 CACHE = Path.home() / ".cache" / "vipra_ros"
@@ -134,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         "trials": "whole stack in real time, simulated" if given.live else "lockstep simulation",
         "robot": name,
     }
-    with signals_raise():
+    with signals_raise(), locked(given.out):
         try:
             (_live if given.live else _lockstep)(task, robot, given, settings, wanted)
         except KeyboardInterrupt:

@@ -72,7 +72,7 @@ def compare(path_a: Path, path_b: Path) -> Comparison:
     only_a, only_b = _discordant(trials_a, trials_b, keys, "success")
     partial_a, partial_b = _discordant(trials_a, trials_b, keys, "partial")
     return Comparison(
-        names=(_label(a, path_a), _label(b, path_b)),
+        names=_labels(a, b, path_a, path_b),
         task=a["task"],
         trials=len(keys),
         success=tuple(_rate(trials, "success") for trials in (trials_a, trials_b)),
@@ -115,8 +115,10 @@ def _notes(a: dict, b: dict) -> list[str]:
     return [f"{name}: {a.get(name)} against {b.get(name)}" for name in names if a.get(name) != b.get(name)]
 
 
-def _label(report: dict, path: Path) -> str:
-    return str(report.get("policy") or path)
+def _labels(a: dict, b: dict, path_a: Path, path_b: Path) -> tuple[str, str]:
+    """The policies' names, with the reports' places where those do not tell them apart."""
+    first, second = str(a.get("policy") or path_a), str(b.get("policy") or path_b)
+    return (first, second) if first != second else (f"{first} in {path_a}", f"{second} in {path_b}")
 
 
 def _name(key: tuple[str, int]) -> str:

@@ -6,10 +6,12 @@ DIR/trials/seen-0012.npz .mp4 .jpg
 DIR/void.jsonl                  trials that do not count, and why
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +56,8 @@ class Result:
     instruction: str = ""
     # None, from here on: nobody measured it, as at the robot.
     wrong_object: bool | None = None  # another object was lifted first
-    drops: int | None = None  # the object was lifted and came down beside its place: each makes a retry
+    drops: int | None = None  # the object was lifted and came down beside its place
+    retries: int | None = None  # a hand was told to close again
     jerk_rms: float | None = None  # rad/s^3
     spectral_arc_length: float | None = None
     chunks: int | None = None  # executed, at least in part
@@ -95,6 +98,20 @@ def trial_settings(task: Task, limit_s: float, safety: str) -> dict:
 
 def _digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One evaluation at a time in `folder`. Raises EvaluationError while another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise EvaluationError(
+                f"{folder}: another evaluation is at work there: let it end, or choose another --out"
+            ) from None
+        yield
 
 
 class Ledger:

@@ -16,20 +16,18 @@ from pathlib import Path
 
 from config.loading import load
 from config.robot import Robot
+from config.safety import Safety
 from config.task import Task
 from config.workcell import Workcell
 from simulation.tasks.trial import Trial, make_trial
-from vipra_ros.evaluation import operator, smoothness
+from vipra_ros.evaluation import operator
 from vipra_ros.evaluation import report as reports
-from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, trial_settings
+from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, locked, trial_settings
 from vipra_ros.evaluation.operator import Do, Phase, Session
-from vipra_ros.evaluation.rig import SAMPLE_HZ, GraphRig, Rig, played
+from vipra_ros.evaluation.rig import GraphRig, Rig, played
 
 POLL_S = 0.05
-SMOOTHNESS = {
-    "jerk_rms": smoothness.jerk_rms,
-    "spectral_arc_length": smoothness.spectral_arc_length,
-}  # fields of a result, of joints [T, J] at SAMPLE_HZ
+MEASURED = ("jerk_rms", "spectral_arc_length", "retries")  # fields of a result, by `motion`
 HALT_TRIES = 3
 ALARM = "THE ARMS ARE NOT KNOWN TO BE STOPPED: press the hardware's emergency stop"
 
@@ -45,7 +43,7 @@ def drive(
     now: Callable[[], float],
 ) -> Session:
     """Until every trial is scored and left, or the keys end. `keys` yields "" while none is pressed."""
-    measured: dict[Key, dict[str, float | None]] = {}  # the smoothness of trials
+    measured: dict[Key, dict[str, float | None]] = {}  # by `motion`
     shown, fresh = None, True
     try:
         for key in keys:
@@ -84,11 +82,16 @@ def drive(
                     if not (stop if do is Do.STOP else halt)(rig, tell):
                         session = before  # nothing was stopped, so nothing is scored
                         break
+                elif do is Do.OPEN:
+                    try:
+                        tell(rig.open_hands())
+                    except rig.errors as error:
+                        tell(f"refused: {error}")
                 elif do is Do.NOTE:
                     session = operator.noted(session, ask())
                 elif do is Do.REOPEN:
                     result = next(r for r in ledger.results() if r.key == session.key)
-                    smooth = {name: getattr(result, name) for name in SMOOTHNESS}
+                    smooth = {name: getattr(result, name) for name in MEASURED}
                     measured.setdefault(session.key, smooth)
                     session = operator.reopened(session, result)
                 elif do is Do.LEAVE:
@@ -97,8 +100,7 @@ def drive(
                     scored = operator.replace(session, at=session.trials.index(session.done[-1]))
                     _write(scored, trials, ledger, measured)
             if before.phase is Phase.RUNNING and session.phase in (Phase.SCORE, Phase.SCORED):
-                joints = rig.save(ledger, before.key)
-                measured[before.key] = {name: of(joints, SAMPLE_HZ) for name, of in SMOOTHNESS.items()}
+                measured[before.key] = rig.save(ledger, before.key)
             elif before.phase is Phase.RUNNING and session.phase is Phase.SET_UP:
                 rig.discard()
                 ledger.void(before.key, reason)
@@ -273,7 +275,7 @@ def run(
         )
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
 
-    with signals_raise(), Monitor() as monitor:
+    with signals_raise(), locked(out), Monitor() as monitor:
         wait_for(
             lambda: monitor.status("policy"), 10.0, "the policy node's status: is the robot up (vipra up)?"
         )
@@ -283,11 +285,12 @@ def run(
             "the policy node's connection to a policy server: is one served (vipra serve)?",
         )
         played_by = {"policy": policy, "trials": "by an operator", "robot": robot}
-        settings = trial_settings(task, limit_s, load(Robot, robot).safety) | played_by | evaluated
+        safety = load(Robot, robot).safety
+        settings = trial_settings(task, limit_s, safety) | played_by | evaluated
         ledger = Ledger(out, settings)
         done = frozenset(result.key for result in ledger.results())
         session = Session.resume(tuple(wanted), limit_s, done)
-        rig = GraphRig(monitor, arms, tell, evaluated)
+        rig = GraphRig(monitor, arms, load(Safety, safety).gripper, tell, evaluated)
 
         def stop_arms() -> None:
             tell("stopping the arms")
@@ -310,16 +313,24 @@ def run_at_keyboard(task: Task, policy: str, robot: str, wanted: list[Key], limi
     """`vipra evaluate --operator`."""
     from vipra_ros.recording.keyboard import raw_keys
 
-    def pressed():
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while True:
-            if not select.select([sys.stdin], [], [], POLL_S)[0]:
-                yield ""
-            elif data := os.read(sys.stdin.fileno(), 1):
-                yield "q" if data == b"\x04" else decoder.decode(data)
-            else:
-                yield "q"
-                return
-
     with raw_keys():
-        return run(task, policy, robot, wanted, limit_s, out, pressed(), lambda s: print(s, flush=True))
+        return run(
+            task, policy, robot, wanted, limit_s, out, pressed(sys.stdin), lambda s: print(s, flush=True)
+        )
+
+
+def pressed(file) -> Iterator[str]:
+    """Keys as they come, "" while none does; an arrow or function key is one escape character."""
+    from vipra_ros.recording.keyboard import ESCAPE, skip_sequence
+
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while True:
+        if not select.select([file], [], [], POLL_S)[0]:
+            yield ""
+        elif data := os.read(file.fileno(), 1):
+            if data == ESCAPE:
+                skip_sequence(file)
+            yield "q" if data == b"\x04" else decoder.decode(data)
+        else:
+            yield "q"
+            return

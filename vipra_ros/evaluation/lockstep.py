@@ -25,7 +25,7 @@ from simulation.render import Painter, live_meshes
 from simulation.tasks.trial import Trial
 from vipra_ros.commander import ArmsStatus, Commander
 from vipra_ros.evaluation.ledger import Holds, Key, Ledger, Result, Void
-from vipra_ros.evaluation.smoothness import jerk_rms, spectral_arc_length
+from vipra_ros.evaluation.motion import measure
 from vipra_ros.execution.chunk import Chunk, Rejected
 from vipra_ros.execution.planner import Planner
 from vipra_ros.report.video import Video, jpeg
@@ -152,8 +152,8 @@ class Film:
             )
         )
 
-    def close(self) -> np.ndarray:
-        """Write the files; measured joints [T, J] rad, for `smoothness`."""
+    def close(self) -> dict[str, float | None]:
+        """Write the files; what `motion` measures."""
         world = self._stage.world
         if self._video is not None:
             self._video.close()
@@ -169,7 +169,9 @@ class Film:
             poses=things,  # [T, n, 7] m and wxyz
             tcp=tcp,  # [T, A, 3] m
         )
-        return state[..., :7].reshape(len(times), -1)
+        joints = state[..., :7].reshape(len(times), -1)
+        hand = load(Safety, self._stage.robot.safety).gripper
+        return measure(joints, commanded[..., 7], self._rate_hz, hand)
 
     def abandon(self) -> None:
         """Close the files without finishing them; whoever voids the trial removes them."""
@@ -227,19 +229,18 @@ def play_policy(
     except Void:
         film.abandon()
         raise
-    joints = film.close()
+    moved = film.close()
     executor = arms.executor
     return _result(
         trial,
         world,
-        joints,
-        embodiment.rate_hz,
         ended,
         time_limit_s,
         interventions=arms.holds.count + len(executor.faults),
         chunks=len({chunk[0] for chunk in executor.log.chunks}),
         refused=commander.counts.refused,
         limited=dict(executor.counters.interventions),
+        **moved,
     )
 
 
@@ -258,12 +259,10 @@ def play_expert(
         if world.time_s >= time_limit_s:
             ended = "time limit"
             break
-    return _result(trial, world, film.close(), rate_hz, ended, time_limit_s)
+    return _result(trial, world, ended, time_limit_s, **film.close())
 
 
-def _result(
-    trial: Trial, world: Lockstep, joints: np.ndarray, rate_hz: float, ended: str, limit_s: float, **more
-) -> Result:
+def _result(trial: Trial, world: Lockstep, ended: str, limit_s: float, **more) -> Result:
     judge = world.judge
     success = judge.success and judge.success_s <= limit_s + 1e-6
     return Result(
@@ -277,8 +276,6 @@ def _result(
         instruction=trial.instruction,
         wrong_object=judge.wrong_object,
         drops=judge.drops,
-        jerk_rms=jerk_rms(joints, rate_hz),
-        spectral_arc_length=spectral_arc_length(joints, rate_hz),
         **more,
     )
 
@@ -421,6 +418,9 @@ class _Hand:
 
     def wish(self, wish: str) -> None:
         self._world.open_hand(self._name, float(wish == "open"))
+
+    def lost(self) -> bool:
+        return False
 
     @property
     def opening(self) -> float:

@@ -1,6 +1,6 @@
 """Trials at the robot: what the operator's keys do. Pure; `live` reads keys and carries out what is asked.
 
-    SET_UP   the reset text is shown           Enter starts the policy
+    SET_UP   the reset text is shown           Enter starts the policy, o opens the hands
     RUNNING  the policy moves the arms         s, p, f, a end the trial and score it; the limit ends it too
     SCORE    stopped, not scored yet           s, p, f, a
     SCORED   scored, not yet kept              k keeps it and goes on, u takes the score back, n notes
@@ -34,6 +34,7 @@ class Do(enum.Enum):
     HALT = "stop the arms at once and latch"
     KEEP = "write `score`: the trial counts"
     REOPEN = "the trial `key` is scored again; until that is kept it counts as it was"
+    OPEN = "open the hands"
     NOTE = "ask for a line of text and give it to `noted`"
     LEAVE = "end; the same command goes on here"
 
@@ -41,7 +42,7 @@ class Do(enum.Enum):
 SCORES = {"s": "success", "p": "partial", "f": "fail", "a": "aborted"}
 ENTER, SPACE = ("\r", "\n"), " "
 KEYS = {
-    Phase.SET_UP: "Enter start, u reopen the last trial, space stop the arms, q leave",
+    Phase.SET_UP: "Enter start, o open the hands, u reopen the last trial, space stop the arms, q leave",
     Phase.RUNNING: "s success, p partial, f fail, a abort, space stop the arms",
     Phase.SCORE: "s success, p partial, f fail, a abort, n note",
     Phase.SCORED: "k keep and go on, u undo, n note, q keep and leave",
@@ -105,6 +106,8 @@ def press(session: Session, key: str, now: float) -> tuple[Session, list[Do]]:
             running = started(replace(session, phase=Phase.RUNNING), now)
             fresh = {"interventions": 0, "faults": 0, "score": None, "note": "", "ended": "operator"}
             return replace(running, **fresh), [Do.START]
+        if key == "o":
+            return session, [Do.OPEN]
         if key == "u":
             return _reopen(session)
         if key == "q":

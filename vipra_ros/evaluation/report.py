@@ -58,6 +58,7 @@ def _rates(results: Sequence[Result]) -> dict:
         "seconds_to_success": {"median": _median(times), "worst": max(times, default=None)},
         "interventions": sum(r.interventions for r in results),
         "drops": _sum([r.drops for r in results]),
+        "retries": _sum([r.retries for r in results]),
         "wrong_object": _sum([r.wrong_object for r in results]),
         "refused_chunks": _sum([r.refused for r in results]),
         "jerk_rms": _mean([r.jerk_rms for r in results]),
@@ -160,13 +161,14 @@ def _page(
                 (report["count"], "trials that count"),
                 ("-" if seconds is None else f"{seconds:.1f} s", "median time to success"),
                 (report["interventions"], "interventions"),
-                (_count(report["drops"]), "drops, each followed by a retry or the end"),
+                (_count(report["drops"]), "drops: lifted, then fallen"),
+                (_count(report["retries"]), "retries: a hand closed again"),
                 (_number(report["jerk_rms"]), "jerk rms of measured joints, rad/s³"),
             ]
         ),
         "<h2>By split</h2>",
         _grid(
-            ["split", "trials", "success", "95 % interval", "partial", "median s", "drops", "jerk"],
+            ["split", "trials", "success", "95 %", "partial", "median s", "drops", "retries", "jerk"],
             [
                 [
                     split,
@@ -176,6 +178,7 @@ def _page(
                     _percent(rates["partial_rate"]),
                     _number(rates["seconds_to_success"]["median"]),
                     _count(rates["drops"]),
+                    _count(rates["retries"]),
                     _number(rates["jerk_rms"]),
                 ]
                 for split, rates in report["splits"].items()
@@ -203,7 +206,8 @@ def _trials(ledger: Ledger, results: Sequence[Result]) -> str:
         video = ledger.file(result.key, ".mp4")
         name = page.esc(f"{result.split} {result.seed}")
         link = f"<a href='trials/{page.esc(video.name)}'>{name}</a>" if video.is_file() else name
-        more = "; ".join(filter(None, [f"{result.drops} drops" if result.drops else "", result.note]))
+        counted = [f"{n} {name}" for name in ("drops", "retries") if (n := getattr(result, name))]
+        more = "; ".join(filter(None, [*counted, result.note]))
         cells = [outcome(result), f"{result.seconds:.1f} s", result.interventions, result.ended]
         cells += [result.instruction, more]
         rows.append(f"<tr><td>{link}</td>{''.join(f'<td>{page.esc(c)}</td>' for c in cells)}</tr>")

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import av
 import numpy as np
 
+from config.safety import GripperLimits
 from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
+from vipra_ros.evaluation.motion import measure
 from vipra_ros.report.video import Video, jpeg
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 SAMPLE_HZ = 15.0  # of the trajectory, as the demonstrations
 STATUS_S = 0.5  # after a start, until the nodes' status tells of it
 SILENT_S = 3.0  # wall time without a node's status, which comes at 10 Hz and more: the node is gone
+UNANSWERED_S = 5.0  # of the arms' time that arms rest and no chunk comes while the policy runs
 WAITING_S = 2.0  # of the arms' time that a policy may wait, for a lease say, before the trial is void
 NOT_ITS_DOING = (  # beginnings of a policy's reason
     "no policy server",
@@ -37,12 +40,13 @@ class Rig(Protocol):
     def start(self, instruction: str, film: Path) -> None: ...
     def stop(self) -> None: ...
     def halt(self) -> None: ...
+    def open_hands(self) -> str: ...
 
     def trouble(self) -> tuple[str, str] | None:
         """("void" or "fault", reason) when the policy no longer moves the arms."""
 
-    def save(self, ledger: Ledger, key: Key) -> np.ndarray:
-        """Write the trial's files; measured joints [T, J] at SAMPLE_HZ."""
+    def save(self, ledger: Ledger, key: Key) -> dict[str, float | None]:
+        """Write the trial's files; what `motion` measures."""
 
     def discard(self) -> None:
         """The trial does not count: nothing more is written."""
@@ -53,14 +57,23 @@ class Rig(Protocol):
 class GraphRig:
     """The graph that `vipra up` or a launch file started.
 
-    evaluated: what of `played` a start insists on; EvaluationError where the policy has something else.
+    hand: limits of the hands. evaluated: what of `played` a start insists on; EvaluationError where the
+    policy has something else.
     """
 
-    def __init__(self, monitor, arms: tuple[str, ...], tell: Callable[[str], None], evaluated: dict):
+    def __init__(
+        self,
+        monitor,
+        arms: tuple[str, ...],
+        hand: GripperLimits,
+        tell: Callable[[str], None],
+        evaluated: dict,
+    ):
         from vipra_ros.monitor import CallFailed
 
         self.errors = (CallFailed, EvaluationError)
-        self._monitor, self._arms, self._tell, self._evaluated = monitor, arms, tell, evaluated
+        self._monitor, self._arms, self._hand = monitor, arms, hand
+        self._tell, self._evaluated = tell, evaluated
         self._lock = threading.Lock()  # the monitor's thread delivers pictures and joints
         self._film: Video | None = None
         self._filmed_s, self._picture = -np.inf, None
@@ -69,6 +82,10 @@ class GraphRig:
         self._told: dict[str, Track] = {arm: [] for arm in arms}
         self._started = -np.inf
         self._moved_s: float | None = None  # the arms' time when the policy last did not wait
+        self._answers, self._answered_s = (
+            (),
+            0.0,
+        )  # chunks so far; the arms' time when they last moved or one came
         self._told_at: dict[str, float] = {}  # node -> when its status came
         for node in ("arms", "policy"):
             monitor.watch_status(node, lambda _, node=node: self._told_at.update({node: time.monotonic()}))
@@ -101,6 +118,9 @@ class GraphRig:
     def halt(self) -> None:
         self._monitor.call("/arms/stop", 2.0)
 
+    def open_hands(self) -> str:
+        return self._monitor.call("/arms/open_hands", 2.0)
+
     def trouble(self) -> tuple[str, str] | None:
         arms, policy = self._monitor.status("arms"), self._monitor.status("policy")
         if time.monotonic() - self._started < STATUS_S or arms is None or policy is None:
@@ -117,11 +137,17 @@ class GraphRig:
             self._moved_s = now
         elif now - self._moved_s > WAITING_S:
             return "void", f"the policy waits: {policy.message}"
+        answers = policy.values.get("chunks"), policy.values.get("refused")
+        moving = arms.values.get("state") in ("RUNNING", "ALIGNING")
+        if state != "RUNNING" or moving or answers != self._answers:
+            self._answers, self._answered_s = answers, now
+        elif now - self._answered_s > UNANSWERED_S:
+            return "void", f"no chunk from the policy server for {UNANSWERED_S:g} s: does it hang?"
         return ("fault", f"policy: {policy.message}") if state in ("STOPPED", "IDLE") else None
 
-    def save(self, ledger: Ledger, key: Key) -> np.ndarray:
+    def save(self, ledger: Ledger, key: Key) -> dict[str, float | None]:
         joints, told = self.finish(ledger.file(key, ".jpg"))
-        times, measured = resample(joints, SAMPLE_HZ)
+        times = grid(joints)
         np.savez_compressed(
             ledger.file(key, ".npz"),
             time_s=times - times[:1],  # [T]
@@ -129,7 +155,14 @@ class GraphRig:
             state=together(times, joints),  # [T, A, 8] measured joints, rad, and the hand's opening
             commanded=together(times, told),  # [T, A, 8]
         )
-        return measured
+        return self.measure(joints, told)
+
+    def measure(self, joints: list[Track], told: list[Track]) -> dict[str, float | None]:
+        """What `motion` measures, of joints measured and commanded, by arm."""
+        times = grid(joints)
+        positions = np.hstack([*together(times, joints)[..., :7].swapaxes(0, 1)])
+        openings = np.hstack([*together(times, told)[..., 7:].swapaxes(0, 1)])
+        return measure(positions, openings, SAMPLE_HZ, self._hand)
 
     def finish(self, still: Path) -> tuple[list[Track], list[Track]]:
         """End the film and write its last picture; joints measured and commanded, by arm, with the hand's
@@ -177,18 +210,18 @@ def played(policy: "Status") -> dict:
     return words | {name: policy.number(name) for name in ("action_rate_hz", "replan_after", "min_cycle_s")}
 
 
-def resample(arms: list[Track], rate_hz: float) -> tuple[np.ndarray, np.ndarray]:
-    """Joint states of each arm -> times [T], joints [T, 7 * arms] rad on one even grid."""
+def grid(arms: list[Track]) -> np.ndarray:
+    """Times [T] s at SAMPLE_HZ in which every arm told of itself; none where one did not."""
     if not all(arms):
-        return np.zeros(0), np.zeros((0, 7 * len(arms)))
-    first, last = max(track[0][0] for track in arms), min(track[-1][0] for track in arms)
-    times = np.arange(first, last, 1 / rate_hz)
-    return times, np.hstack([at(times, track)[:, :7] for track in arms])
+        return np.zeros(0)
+    return np.arange(max(track[0][0] for track in arms), min(track[-1][0] for track in arms), 1 / SAMPLE_HZ)
 
 
 def together(times: np.ndarray, arms: list[Track]) -> np.ndarray:
-    """Positions of all arms [T, A, 7 or 8] at `times` s; [0] where one told nothing."""
-    return np.stack([at(times, track) for track in arms], axis=1) if all(arms) else np.zeros(0)
+    """Positions of all arms [T, A, 7 or 8] at `times` s; [T, A, 0] where one told nothing."""
+    if not all(arms):
+        return np.zeros((len(times), len(arms), 0))
+    return np.stack([at(times, track) for track in arms], axis=1)
 
 
 def at(times: np.ndarray, track: Track) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 from config.embodiment import Embodiment
 from config.loading import load
 from config.robot import Robot
+from config.safety import Safety
 from config.task import Task
 from simulation.control import SimulationControl, SimulationError
 from simulation.lockstep import judge_for
@@ -29,17 +30,15 @@ from simulation.tasks.trial import Trial, make_trial
 from simulation.workcell import HAND_WIDTH
 from vipra_ros import bringup
 from vipra_ros.clock import ClockStopped, SimulatedClock
-from vipra_ros.evaluation import smoothness
 from vipra_ros.evaluation.ledger import Holds, Key, Ledger, Result, Void, run_trials
-from vipra_ros.evaluation.rig import LATCHED, SAMPLE_HZ, GraphRig, at, played, resample
+from vipra_ros.evaluation.rig import LATCHED, SAMPLE_HZ, GraphRig, at, played
 from vipra_ros.evaluation.server import Server, in_a_line
 from vipra_ros.monitor import CallFailed, Monitor
 from vipra_ros.process import Child, ProcessError, Slot, reserve_slot, wait_for
-from vipra_ros.recording.replay import Replayer
 from vipra_ros.up import wait_ready
 
 # Faults of a machine that was too busy: they say nothing about the policy.
-STALLS = ("clock", "communication", "deadman", "frozen", "stall")
+STALLS = ("clock", "communication", "deadman", "frozen")
 HOME_RAD = 0.03  # so near home a trial begins
 OPEN = 0.9  # opening of a hand that a trial may begin with
 PATIENCE_S = 90.0  # wall time for each step between two trials, on a machine however slow
@@ -92,7 +91,8 @@ class Cell:
         self.control = enter(contextlib.closing(SimulationControl(self.robot.simulation.name)))
         self.holds = Holds()
         self.monitor.watch_status("arms", self._see)
-        self.rig = GraphRig(self.monitor, tuple(self.robot.arms), self._tell, self._evaluated)
+        hand = load(Safety, self.robot.safety).gripper
+        self.rig = GraphRig(self.monitor, tuple(self.robot.arms), hand, self._tell, self._evaluated)
         return self.clock.now()
 
     def _set_up(self, trial: Trial) -> float:
@@ -107,7 +107,8 @@ class Cell:
         self._wait(lambda: self._granted("/arms/home"), "arms on their way home")
         self._wait(self._at_home, "arms at home")
         if not self._hands_open():
-            self._open_hands()
+            self._wait(lambda: self._granted("/arms/open_hands"), "hands told to open")
+            self._wait(self._hands_open, "open hands")
         return self.control.reset(trial.seed, arms=False, split=trial.split)
 
     def _granted(self, service: str) -> bool:
@@ -128,14 +129,6 @@ class Cell:
     def _hands_open(self) -> bool:
         arms = self.control.truth()["arms"]
         return all(arms[n]["width"] > OPEN * HAND_WIDTH for n, arm in self.robot.arms.items() if arm.gripper)
-
-    def _open_hands(self) -> None:
-        """By actions that stay where the arms are, through a lease like everybody's."""
-        arms = self.control.truth()["arms"]
-        here = np.concatenate([[*arms[n]["q"], *([1.0] * arm.gripper)] for n, arm in self.robot.arms.items()])
-        with Replayer(self.robot, self.embodiment) as commander:
-            commander.run(np.tile(here, (15, 1)), self.embodiment.rate_hz, lambda seconds: None)
-        self._wait(self._hands_open, "open hands")
 
     def _see(self, message) -> None:
         values = {value.key: value.value for value in message.values}
@@ -264,7 +257,6 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
             rig.stop()
         raise
     _save(ledger.file(key, ".npz"), truths, started, told)
-    measured = resample(joints, SAMPLE_HZ)[1]
     success = judge.success and judge.success_s <= limit_s + 1e-6
     faults = [fault for fault in json.loads(cell.arms("faults")) if fault["t"] >= started]
     return Result(
@@ -278,8 +270,7 @@ def play_trial(cell: Cell, server: Server, trial: Trial, ledger: Ledger, limit_s
         instruction=trial.instruction,
         wrong_object=judge.wrong_object,
         drops=judge.drops,
-        jerk_rms=smoothness.jerk_rms(measured, SAMPLE_HZ),
-        spectral_arc_length=smoothness.spectral_arc_length(measured, SAMPLE_HZ),
+        **rig.measure(joints, told),
         chunks=after["chunks"] - before["chunks"],
         refused=after["refused"] - before["refused"],
         limited={k: n - before["limited"].get(k, 0) for k, n in after["limited"].items()},

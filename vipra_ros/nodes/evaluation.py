@@ -1,9 +1,9 @@
 """Evaluation node: an operator's trials on a running graph, by services instead of keys.
 
-Services `~/start`, `~/success`, `~/partial`, `~/fail`, `~/abort`, `~/keep`, `~/note`, `~/undo`, `~/halt` and
-`~/leave` are the keys of `vipra evaluate --operator`; `~/status` tells what is to be done now. Parameters as
-that command's options, and `note`, which may change while it runs: the text that `~/note` adds. The trials
-themselves, their files and their report are `vipra_ros.evaluation`'s.
+Services `~/start`, `~/success`, `~/partial`, `~/fail`, `~/abort`, `~/keep`, `~/note`, `~/undo`,
+`~/open_hands`, `~/halt` and `~/leave` are the keys of `vipra evaluate --operator`; `~/status` tells what is
+to be done now. Parameters as that command's options, and `note`, which may change while it runs: the text
+that `~/note` adds. The trials themselves, their files and their report are `vipra_ros.evaluation`'s.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from vipra_ros.process import ProcessError, die_with_parent
 
 KEYS = {
     **{"start": "\n", "keep": "k", "success": "s", "partial": "p", "fail": "f", "abort": "a"},
-    **{"note": "n", "undo": "u", "halt": " ", "leave": "q"},
+    **{"note": "n", "undo": "u", "open_hands": "o", "halt": " ", "leave": "q"},
 }
 PARAMETERS = {
     "task": "stack_cups",

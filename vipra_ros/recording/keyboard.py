@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 END = "\x04"  # Ctrl-D, and the end of the input
-_ESCAPE = b"\x1b"
+ESCAPE = b"\x1b"
 _SEQUENCE_S = 0.02  # in which the rest of an arrow key's characters comes
 REPEAT_S = 0.7  # the same key sooner than this is held down: terminals repeat after 0.25 to 0.66 s
 HELP = "space start/stop  k keep  d discard  u undo  r retry  p pause  q quit"
@@ -53,10 +53,15 @@ def read_key(timeout_s: float, file=sys.stdin) -> str:
     if not select.select([file], [], [], timeout_s)[0]:
         return ""
     data = os.read(file.fileno(), 1)
-    if data == _ESCAPE:
-        while select.select([file], [], [], _SEQUENCE_S)[0] and os.read(file.fileno(), 32):
-            pass
+    if data == ESCAPE:
+        skip_sequence(file)
     return data.decode(errors="replace") if data else END
+
+
+def skip_sequence(file) -> None:
+    """Read what an arrow or function key sends after its escape character."""
+    while select.select([file], [], [], _SEQUENCE_S)[0] and os.read(file.fileno(), 32):
+        pass
 
 
 class Repeats:

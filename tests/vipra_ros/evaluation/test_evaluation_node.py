@@ -40,7 +40,7 @@ def test_services_are_keys_in_the_order_they_were_called():
             wait_for(future.done, 20.0, name)
             assert future.result().success
         assert [next(pressed) for _ in range(5)] == ["\n", "s", "n", "k", " "]
-        assert sorted(KEYS.values()) == sorted("spfaknuq \n")  # none has two meanings
+        assert sorted(KEYS.values()) == sorted("spfaknouq \n")  # none has two meanings
 
 
 def test_the_policy_node_tells_how_it_plays(tmp_path):

@@ -18,6 +18,7 @@ from vipra_ros.evaluation.ledger import (
     Ledger,
     Result,
     Void,
+    locked,
     run_trials,
     trial_settings,
 )
@@ -80,6 +81,16 @@ def test_a_trial_that_is_always_void_ends_the_evaluation_and_keeps_the_rest(tmp_
     with pytest.raises(EvaluationError, match=f"seen-0001 was void {GIVE_UP} times.*no server"):
         run_trials(ledger, keys(3), play)
     assert [r.seed for r in ledger.results()] == [0] and len(ledger.voids()) == GIVE_UP
+
+
+def test_two_evaluations_at_once_in_one_folder_are_refused(tmp_path):
+    with locked(tmp_path / "a"):
+        with pytest.raises(EvaluationError, match="a: another evaluation is at work there"):
+            locked(tmp_path / "a").__enter__()
+        with locked(tmp_path / "b"):
+            pass
+    with locked(tmp_path / "a"):
+        pass
 
 
 def test_another_evaluation_is_not_mixed_in(tmp_path):
@@ -148,6 +159,14 @@ def test_two_policies_are_compared_on_the_same_trials(tmp_path):
     assert comparison.notes == ["latency_ms: 100.0 against 510.0"]
     text = reports.comparison_page(comparison)
     assert "seen 7" in text and "510.0" in text and "0.0703" in reports.comparison_line(comparison)
+
+
+def test_one_policy_in_two_ways_is_told_apart_by_its_reports(tmp_path):
+    for name in ("lockstep", "live"):
+        reports.write(evaluated(tmp_path / name, "sf", SETTINGS), SETTINGS)
+    policy = SETTINGS["policy"]
+    found = compare(tmp_path / "lockstep", tmp_path / "live").names
+    assert found == (f"{policy} in {tmp_path / 'lockstep'}", f"{policy} in {tmp_path / 'live'}")
 
 
 @pytest.mark.parametrize(

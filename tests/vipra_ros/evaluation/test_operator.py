@@ -3,7 +3,6 @@
 import itertools
 import threading
 
-import numpy as np
 import pytest
 
 from config.loading import load
@@ -13,7 +12,7 @@ from vipra_ros import evaluate
 from vipra_ros.evaluation import live, operator
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
-from vipra_ros.evaluation.live import ALARM, HALT_TRIES, Listener, drive, placing
+from vipra_ros.evaluation.live import ALARM, HALT_TRIES, Listener, drive, placing, pressed
 from vipra_ros.evaluation.operator import Do, Phase, Session
 
 TRIALS = tuple(Key("seen", seed) for seed in range(3))
@@ -141,13 +140,20 @@ class FakeRig:
             raise Refused("/arms/stop: no answer")
         self.calls.append("halt")
 
+    def open_hands(self):
+        if self.refuse:
+            self.refuse -= 1
+            raise Refused("/arms/open_hands: busy")
+        self.calls.append("open")
+        return "opening the hands"
+
     def trouble(self):
         self.looks += 1
         return self.troubles.get(self.looks)
 
     def save(self, ledger, key):
         self.calls.append("save")
-        return np.linspace(0, 1, 40)[:, None] ** 3 * np.ones(7)
+        return {"jerk_rms": 4.5, "spectral_arc_length": -2.5, "retries": 1}
 
     def discard(self):
         self.calls.append("discard")
@@ -271,13 +277,20 @@ def test_a_key_in_the_moment_of_a_void_does_nothing_to_any_trial(tmp_path, key):
     assert [Key(v["split"], v["seed"]) for v in ledger.voids()] == [TRIALS[1]]
 
 
-def test_a_trial_scored_again_after_a_resume_keeps_its_smoothness(tmp_path):
+def test_a_trial_scored_again_after_a_resume_keeps_what_was_measured(tmp_path):
     _, ledger, _ = driven(tmp_path, [*"\nskq"], FakeRig())
     (before,) = ledger.results()
     _, ledger, _ = driven(tmp_path, [*"ufkq"], FakeRig())
     (after_it,) = ledger.results()
-    assert not after_it.success and after_it.jerk_rms == before.jerk_rms > 0
-    assert after_it.spectral_arc_length == before.spectral_arc_length
+    assert not after_it.success and after_it.jerk_rms == before.jerk_rms == 4.5
+    assert (after_it.spectral_arc_length, after_it.retries) == (-2.5, 1)
+
+
+def test_o_opens_the_hands_while_a_trial_is_set_up_and_at_no_other_time(tmp_path):
+    rig = FakeRig(refuse=1)
+    session, _, said = driven(tmp_path, [*"oo\noso", *"koq"], rig, TRIALS[:1])
+    assert session.phase is Phase.DONE and rig.calls.count("open") == 1 and rig.calls[0] == "open"
+    assert "refused: /arms/open_hands: busy" in said and said.count("'o' does nothing here") == 3
 
 
 def test_a_policy_that_does_not_stop_has_its_arms_stopped(tmp_path):
@@ -331,6 +344,19 @@ def test_a_note_is_typed_with_spaces_and_two_in_a_row_stop_the_arms(capsys):
     with heard:
         assert heard.line() == "über my edge!  " and len(halts) == 1
         assert list(heard) == [] and "note: über my edge" in capsys.readouterr().out
+
+
+def test_arrow_and_function_keys_score_nothing(tmp_path):
+    """rxvt's Shift+Up sends ESC [ a, a keypad in application mode ESC O p."""
+    sent = tmp_path / "keys"
+    for sequence in (b"\x1b[a", b"\x1bOp", b"\x1b[1;2A"):
+        sent.write_bytes(sequence)
+        with sent.open("rb") as file:
+            assert list(pressed(file)) == ["\x1b", "q"]
+    sent.write_bytes("nä s\x04".encode())
+    with sent.open("rb") as file:
+        assert "".join(pressed(file)) == "nä sqq"
+    assert after("\n\x1b")[1] == [Do.START]
 
 
 @pytest.mark.parametrize(

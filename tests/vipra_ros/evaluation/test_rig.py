@@ -8,21 +8,25 @@ import numpy as np
 import pytest
 from sensor_msgs.msg import JointState
 
+from config.safety import GripperLimits
 from vipra_ros.evaluation import rig as rigs
 from vipra_ros.evaluation.ledger import Key, Ledger
-from vipra_ros.evaluation.rig import GraphRig, played, resample
+from vipra_ros.evaluation.motion import measure
+from vipra_ros.evaluation.rig import GraphRig, grid, played, together
 from vipra_ros.monitor import Status
 
+HAND = GripperLimits()
 SERVED = {"model": "mine", "checkpoint": "1a", "mode": "asynchronous", "action_rate_hz": "15"}
 
 
 def test_joint_states_of_two_arms_come_onto_one_grid():
     left = [(t, np.full(7, t)) for t in np.arange(10.0, 12.0, 0.01)]
     right = [(t, np.full(7, -t)) for t in np.arange(10.3, 12.4, 0.013)]
-    times, joints = resample([left, right], 15.0)
-    assert joints.shape == (len(times), 14) and times[0] == 10.3 and times[-1] <= 11.99
-    assert np.allclose(joints[:, 0], times) and np.allclose(joints[:, 7], -times)
-    assert resample([[], right], 15.0)[1].shape == (0, 14)
+    times = grid([left, right])
+    joints = together(times, [left, right])
+    assert joints.shape == (len(times), 2, 7) and times[0] == 10.3 and times[-1] <= 11.99
+    assert np.allclose(joints[:, 0, 0], times) and np.allclose(joints[:, 1, 0], -times)
+    assert len(grid([[], right])) == 0 and together(times, [[], right]).shape == (len(times), 2, 0)
 
 
 class FakeMonitor:
@@ -53,7 +57,7 @@ class FakeMonitor:
 
 def test_a_server_that_serves_another_checkpoint_starts_no_trial(tmp_path):
     monitor, film = FakeMonitor(), tmp_path / "a.mp4"
-    rig = GraphRig(monitor, ("left",), print, played(monitor.status("policy")))
+    rig = GraphRig(monitor, ("left",), HAND, print, played(monitor.status("policy")))
     for checkpoint in ("2b", ""):
         monitor.statuses["policy"] = Status(0, "", SERVED | {"checkpoint": checkpoint})
         with pytest.raises(rig.errors, match=f"has checkpoint '{checkpoint}', this evaluation's has '1a'"):
@@ -76,7 +80,7 @@ def test_a_film_that_cannot_be_written_ends_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(rigs, "Video", Full)
     monitor, said = FakeMonitor(), []
     monitor.watch_images = lambda callback: setattr(monitor, "show", callback)
-    rig = GraphRig(monitor, ("left",), said.append, {})
+    rig = GraphRig(monitor, ("left",), HAND, said.append, {})
     rig.start("stack", tmp_path / "a.mp4")
     stamp = SimpleNamespace(sec=1, nanosec=0)
     picture = SimpleNamespace(header=SimpleNamespace(stamp=stamp), data=bytes(12), height=2, width=2)
@@ -92,15 +96,17 @@ def watched(tmp_path, monkeypatch):
     wall = itertools.count()
     monkeypatch.setattr(rigs, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     monitor, seconds = FakeMonitor(), [100.0]
-    rig = GraphRig(monitor, ("left",), print, {})
+    rig = GraphRig(monitor, ("left",), HAND, print, {})
     rig.start("stack", tmp_path / "a.mp4")
     seconds[0] += 10.0
 
-    def look(state="RUNNING", reason="running", arms="RUNNING", silent=()):
+    def look(state="RUNNING", reason="running", arms="RUNNING", silent=(), chunks=0):
         seconds[0] += 0.1
         time_s = str(next(wall) / 10)
         monitor.statuses["arms"] = Status(0, "moving", {"state": arms, "time_s": time_s})
-        monitor.statuses["policy"] = Status(0, reason, {"state": state})
+        monitor.statuses["policy"] = Status(
+            0, reason, {"state": state, "chunks": str(chunks), "refused": "0"}
+        )
         for node in {"arms", "policy"} - set(silent):
             monitor.watchers[node](None)
         return rig.trouble()
@@ -129,6 +135,14 @@ def test_a_policy_that_waits_voids_the_trial_and_one_that_goes_on_does_not(watch
     )
 
 
+def test_a_server_that_hangs_voids_the_trial_and_a_slow_one_does_not(watched):
+    for number in range(3):
+        assert {watched(arms="HOLDING", chunks=number) for _ in range(45)} == {None}
+        assert {watched(arms="RUNNING", chunks=number) for _ in range(60)} == {None}
+    seen = [watched(arms="HOLDING", chunks=3) for _ in range(55)]
+    assert seen[0] is None and seen[-1] == ("void", "no chunk from the policy server for 5 s: does it hang?")
+
+
 def test_faults_are_told_from_what_is_not_the_policys_doing(watched):
     assert watched("STOPPED", "the arms refuse chunk 3")[0] == "fault" == watched(arms="STOPPED")[0]
     assert watched("WAITING", "no policy server: gone")[0] == "void"
@@ -137,12 +151,16 @@ def test_faults_are_told_from_what_is_not_the_policys_doing(watched):
 
 def test_measured_and_commanded_joints_and_hands_are_saved(tmp_path):
     monitor, key = FakeMonitor(), Key("seen", 0)
-    rig, ledger = GraphRig(monitor, ("left", "right"), print, {}), Ledger(tmp_path, {"task": "stack_cups"})
+    rig, ledger = (
+        GraphRig(monitor, ("left", "right"), HAND, print, {}),
+        Ledger(tmp_path, {"task": "stack_cups"}),
+    )
     rig.start("stack", ledger.file(key, ".mp4"))
     for n in range(100):
         for number, arm in enumerate(("left", "right")):
             for offset, topic in enumerate(("joint_states", "joint_reference")):
-                position = [0.01 * n + number + 10 * offset] * 7 + [0.01 * n]
+                opening = float(n // 25 % 2) if topic == "joint_reference" and arm == "left" else 0.01 * n
+                position = [0.01 * n + number + 10 * offset] * 7 + [opening]
                 message = JointState(position=position)
                 message.header.stamp.sec, message.header.stamp.nanosec = 7, n * 10_000_000
                 monitor.joints[arm, topic](message)
@@ -151,6 +169,12 @@ def test_measured_and_commanded_joints_and_hands_are_saved(tmp_path):
         assert list(saved["arms"]) == ["left", "right"] and saved["time_s"][0] == 0.0
         state, commanded, seconds = saved["state"], saved["commanded"], saved["time_s"]
     assert state.shape == commanded.shape == (len(seconds), 2, 8) and len(seconds) == 15
-    assert np.allclose(state[:, :, :7].reshape(len(seconds), 14), measured)
+    assert measured == measure(state[:, :, :7].reshape(-1, 14), commanded[:, :, 7], 15.0, HAND)
+    assert measured["jerk_rms"] < 1e-6 and measured["retries"] == 0
     assert np.allclose(commanded[:, :, :7], state[:, :, :7] + 10)
-    assert np.allclose(commanded[:, 0, 7], seconds) and np.allclose(state[:, 1, 7], seconds)
+    assert np.allclose(commanded[:, 1, 7], seconds) and np.allclose(state[:, :, 7], seconds[:, None])
+
+
+def test_arms_that_told_nothing_leave_nothing_to_measure(tmp_path):
+    rig, ledger = GraphRig(FakeMonitor(), ("left", "right"), HAND, print, {}), Ledger(tmp_path, {"task": "a"})
+    assert set(rig.save(ledger, Key("seen", 0)).values()) == {None}

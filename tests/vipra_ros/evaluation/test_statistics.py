@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binomtest
 
+from config.safety import GripperLimits
 from training.analysis import smoothness as analysis
-from vipra_ros.evaluation import smoothness
+from vipra_ros.evaluation import motion
 from vipra_ros.evaluation.statistics import clopper_pearson, mcnemar
 
 
@@ -47,10 +48,20 @@ def test_smoothness_is_that_of_the_analyses():
     found = {}
     for name, joints in (("smooth", smooth), ("rough", rough)):
         whole = analysis.measure([joints], 15.0, np.full(7, np.inf))
-        found[name] = smoothness.spectral_arc_length(joints, 15.0), smoothness.jerk_rms(joints, 15.0)
+        found[name] = motion.spectral_arc_length(joints, 15.0), motion.jerk_rms(joints, 15.0)
         assert found[name][0] == pytest.approx(whole["spectral_arc_length"])
         by_joint = np.array(whole["jerk_rms_by_dimension"])
         assert found[name][1] == pytest.approx(np.sqrt((by_joint**2).mean()))
     assert found["rough"][0] < found["smooth"][0] and found["rough"][1] > found["smooth"][1]
-    assert smoothness.jerk_rms(smooth[:5], 15.0) is None
-    assert smoothness.spectral_arc_length(np.zeros((40, 7)), 15.0) is None
+    assert motion.jerk_rms(smooth[:5], 15.0) is None
+    assert motion.spectral_arc_length(np.zeros((40, 7)), 15.0) is None
+
+
+def test_a_hand_that_closes_again_retries():
+    hand = GripperLimits(close_below=0.35, open_above=0.65)
+    once = np.repeat([1.0, 0.5, 0.0, 0.5, 0.0, 1.0], 5)  # half open is neither
+    thrice = np.repeat([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], 5)  # the closed hand it began with closed nothing
+    assert motion.retries(once[:, None], hand) == 0
+    assert motion.retries(thrice[:, None], hand) == 1
+    assert motion.retries(np.stack([thrice, once, 1.0 - thrice], axis=1), hand) == 3
+    assert motion.retries(np.ones((9, 1)), hand) == 0 and motion.retries(np.zeros((9, 0)), hand) is None

@@ -1,9 +1,34 @@
-"""How smooth a trial was. Positions are those measured, [T, J] rad, one every 1 / rate_hz seconds."""
+"""How the arms of a trial moved. Positions are those measured, [T, J] rad, one every 1 / rate_hz seconds."""
 
 import numpy as np
 
+from config.safety import GripperLimits
+
 LEAST = 8  # samples; fewer tell nothing
 CUTOFF_HZ, THRESHOLD, PADDING = 10.0, 0.05, 4  # of the spectral arc length, as its authors chose
+
+
+def measure(
+    positions: np.ndarray, openings: np.ndarray, rate_hz: float, hand: GripperLimits
+) -> dict[str, float | None]:
+    """The fields of a `Result` that this file knows. openings: commanded, as of `retries`."""
+    return {
+        "jerk_rms": jerk_rms(positions, rate_hz),
+        "spectral_arc_length": spectral_arc_length(positions, rate_hz),
+        "retries": retries(openings, hand),
+    }
+
+
+def retries(openings: np.ndarray, hand: GripperLimits) -> int | None:
+    """How often hands were told to close again, of commanded openings [T, hands]; None without any."""
+    if not openings.size:
+        return None
+    count = 0
+    for opening in openings.T:
+        clear = opening[(opening < hand.close_below) | (opening > hand.open_above)]
+        closings = int(np.count_nonzero(np.diff((clear < hand.close_below).astype(int)) == 1))
+        count += max(closings - 1, 0)
+    return count
 
 
 def jerk_rms(positions: np.ndarray, rate_hz: float) -> float | None:
