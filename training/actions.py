@@ -221,6 +221,8 @@ def read_corpus(
     out &= every.keys()
     if not every.keys() - out:
         raise TrainingError(f"no episode is left to train on ({len(every)} readable, {len(out)} held out)")
+    if wordless := sum(not e.instruction.strip() for e in every.values()):
+        run.say(f"{wordless} of {len(every)} episodes have no instruction: they are learned for no words")
     weights = tuple(config.weight for config in mixture.datasets)
     training, held = ({n: every[n] for n in sorted(names)} for names in (every.keys() - out, out))
     return Corpus(training, weights), Corpus(held, weights)

@@ -356,12 +356,15 @@ def choose(plan: Plan) -> None:
 
 
 def evaluate(plan: Plan) -> None:
-    """Paired trials in lockstep, and McNemar's test."""
-    for name in ("policy", "scratch"):
-        _evaluate(plan, plan.out / name, _seeds(PAIRED, plan.scale.paired), plan.out / "evaluation" / name)
-    folder = plan.out / "evaluation"
-    compared = ["--compare", folder / "policy", folder / "scratch"]
-    plan.run("vipra_ros.cli", "evaluate", *compared, "--out", folder / "comparison")
+    """Paired trials in lockstep, and McNemar's test: against Scratch, and the ablation where there is one."""
+    folder, others = plan.out / "evaluation", {"scratch": "comparison"}
+    if done(plan.out / "bidirectional"):
+        others["bidirectional"] = "comparison_bidirectional"
+    for name in ("policy", *others):
+        _evaluate(plan, plan.out / name, _seeds(PAIRED, plan.scale.paired), folder / name)
+    for name, out in others.items():
+        compared = ["--compare", folder / "policy", folder / name]
+        plan.run("vipra_ros.cli", "evaluate", *compared, "--out", folder / out)
 
 
 def live(plan: Plan) -> None:

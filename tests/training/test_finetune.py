@@ -420,6 +420,16 @@ def test_starts_and_tokenizers_of_another_model_are_refused(frame_tokenizer):
         start.parts(recipe(""))
 
 
+def test_demonstrations_without_words_are_counted_aloud(ranks, frame_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "cache_folder", lambda: tmp_path / "cache")
+    said, vqgan = [], start.open_start(frame_tokenizer).vqgan()
+    log = SimpleNamespace(say=said.append, track=lambda items, _: items)
+    for words in ("stack", " "):
+        data = {"datasets": [{"path": str(made.bridge(tmp_path / f"data{len(words)}", 3, words))}]}
+        finetune.read_corpus(Mixture(**data), ROBOT, vqgan, ranks, log)
+    assert said == ["3 of 3 episodes have no instruction: they are learned for no words"]
+
+
 def test_instructions_may_be_empty_and_in_any_writing_but_not_too_long(ranks, frame_tokenizer, tmp_path):
     words = ("", "把红色杯子叠起来", "ضع الكوب جانبًا", "🤖 pick")
     demos = [dataclasses.replace(demonstration(seed=i), instruction=w) for i, w in enumerate(words)]

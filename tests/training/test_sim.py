@@ -30,6 +30,7 @@ from training.sim import (
     choose,
     corrections,
     draft,
+    evaluate,
     finetune,
     shared,
 )
@@ -188,6 +189,45 @@ def test_a_draft_learns_without_the_corrections_of_it_and_the_policy_with_them(t
     assert yaml.safe_load(served.read_text())["checkpoint"] == f"{tmp_path}/draft"
     assert f"correct {tmp_path}/evaluation/draft --each 2" in corrected
     assert f"film {tmp_path}/states/corrections" in filmed and "--episodes 80" in filmed
+
+
+def test_the_best_on_development_seeds_is_chosen_and_what_was_chosen_is_compared(tmp_path, monkeypatch):
+    """Most successes, then most partial ones, then the latest; the ablation where it was trained."""
+    texts: list[str] = []
+    rates = {  # steps -> (success, partial) of the policy and of the ablation
+        "policy": {20: (0.5, 0.9), 26: (0.6, 0.6), 32: (0.6, 0.7), 40: (0.6, 0.7)},
+        "bidirectional": {20: (0.3, 0.5), 26: (0.2, 0.9), 32: (0.2, 0.9), 40: (0.0, 1.0)},
+    }
+
+    def run(plan, *command):
+        texts.append(" ".join(map(str, command)))
+        out = Path(command[command.index("--out") + 1])
+        name, _, steps = out.name.partition("-")
+        if steps:
+            success, partial = rates[name][int(steps)]
+            (out / "report.json").write_text(json.dumps({"success_rate": success, "partial_rate": partial}))
+
+    monkeypatch.setattr(Plan, "run", run)
+    plan = Plan(tmp_path, FULL, None, 1, None, changes=("finetune.steps=40",))
+    for name in (f"{run}-{steps:06d}" for run in rates for steps in rates[run]):
+        folder = tmp_path / "choices" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(folder.name)
+    choose(plan)
+    assert (tmp_path / "policy" / "manifest.json").read_text() == "policy-000040"
+    assert (tmp_path / "bidirectional" / "manifest.json").read_text() == "bidirectional-000020"
+    assert len(texts) == 8 and all("--seeds 300000:300020" in text for text in texts)
+    choose(plan)
+    assert len(texts) == 8, "what is chosen stays"
+    evaluate(plan)
+    *played, against, ablation = texts[8:]
+    assert [text.split("evaluation/")[1].split("/")[0] for text in played] == [
+        *("policy", "scratch", "bidirectional")
+    ]
+    assert all("--seeds 1000:1200" in text and "--latency-ms 100" in text for text in played)
+    folder = tmp_path / "evaluation"
+    assert f"--compare {folder}/policy {folder}/scratch --out {folder}/comparison" in against
+    assert f"--compare {folder}/policy {folder}/bidirectional" in ablation
 
 
 def test_fewer_videos_keep_their_proportion():
