@@ -197,7 +197,6 @@ def test_one_request_at_a_time_and_late_answers_are_ignored():
     assert not planner.should_request(5.0)
     with pytest.raises(RuntimeError, match="in flight"):
         planner.sent(2, 0.0, 0.02)
-    assert planner.overdue(1.0) is None and planner.overdue(1.6) == 1
     planner.failed(1, 1.6)
     planner.sent(2, 1.7, 1.75)
     assert planner.received(1, 1.8) is None, "the lost one came after all"

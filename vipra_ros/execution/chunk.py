@@ -78,10 +78,6 @@ class Chunk:
         """When the last action stops being due, s."""
         return self.t0 + len(self) / self.rate_hz
 
-    def first(self, n: int) -> "Chunk":
-        """The chunk cut to its first n actions."""
-        return Chunk(self.seq, self.t0, self.rate_hz, self.joints[:n], self.grippers[:n])
-
     def sustained(self, least: int, before: np.ndarray | None = None) -> "Chunk":
         """The chunk with hands that open or close (a side of 0.5) for `least` actions in a row or not at all.
 

@@ -149,12 +149,6 @@ class Planner:
         if self._in_flight is not None and self._in_flight[0] == seq:
             self._in_flight, self._next = None, now + RETRY_S
 
-    def overdue(self, now: float) -> int | None:
-        """The seq in flight when its answer is later than the deadline allows, else None."""
-        if self._in_flight is not None and now - self._in_flight[2] > self._policy.deadline_s + 1.0:
-            return self._in_flight[0]
-        return None
-
     def received(self, seq: int, now: float) -> Timing | None:
         """The answer to `seq` came at `now`: when it runs; None when nobody waits for it any more."""
         if self._in_flight is None or self._in_flight[0] != seq:

@@ -36,7 +36,6 @@ class JointLimits:
     soft_min: np.ndarray  # [J] rad
     soft_max: np.ndarray  # [J] rad
     hard_velocity: np.ndarray  # [J] rad/s
-    hard_acceleration: np.ndarray  # [J] rad/s2
     velocity: np.ndarray  # [J] rad/s
     acceleration: np.ndarray  # [J] rad/s2
     jerk: np.ndarray  # [J] rad/s3
@@ -67,7 +66,6 @@ class JointLimits:
             soft_min=soft_min,
             soft_max=soft_max,
             hard_velocity=velocity,
-            hard_acceleration=acceleration,
             velocity=joints.software_share * velocity,
             acceleration=joints.software_share * acceleration,
             jerk=jerk,
