@@ -5,6 +5,7 @@ import pytest
 
 from config.loading import load
 from config.task import Task
+from episodes.quality import spans
 from simulation.demonstrate import Demonstrator
 from simulation.tasks.score import SETTLED_S, Judge, Thing
 from simulation.tasks.trial import make_trial
@@ -69,6 +70,13 @@ def test_the_expert_does_the_task_from_a_disturbed_start_without_long_rests(name
     joints = np.array([[s.action_joints[arm] for arm in sorted(s.action_joints)] for s in steps])
     rates = np.abs(np.diff(joints, axis=0)).max((1, 2)) * demonstrator.rate_hz
     assert rates.max() < 2.0  # rad/s, within every joint's limit
+    measured = np.array([np.concatenate([*s.joints.values()]) for s in steps])
+    hands = np.array([[*s.action_openings.values(), *s.openings.values()] for s in steps])
+    speeds = np.abs(np.diff(measured, axis=0)).max(1), np.abs(np.diff(hands, axis=0)).max(1)
+    still = (rates < 0.02) & (np.maximum(*speeds) * demonstrator.rate_hz < 0.02)
+    rests = spans(still & ~np.array([s.settling for s in steps[1:]]))
+    longest = max(last - first + 1 for first, last in rests) / demonstrator.rate_hz
+    assert longest <= (0.4 if name == "place_in_bowl" else 0.3)  # s; there an arm waits for the other
     assert len(np.unique([s.action_openings[task.arm] for s in steps])) == 2
     error = np.array([[s.joints[arm] for arm in sorted(s.joints)] for s in steps])[1:] - joints[:-1]
     assert np.sqrt((error**2).mean()) < 0.02
