@@ -66,7 +66,7 @@ def main() -> int:
     wanted = Wanted(task, load(Robot, robot), given.episodes, seconds=given.seconds, keep_flagged=True)
     with tempfile.TemporaryDirectory() as scratch, signals_raise():
         root = given.out or Path(scratch) / "dataset"
-        demonstrate(wanted, robot, root, print)
+        demonstrate(wanted, robot, given.task, root, print)
         result = measure(Dataset(root)) | {"load_1min": os.getloadavg()[0]}
     table = Table("what", "measured", "at most", title=f"{robot}, {task.name}: the recorder, live")
     for key, value in result.items():

@@ -1,11 +1,14 @@
 """`vipra dataset` finds what is wrong, and nothing where nothing is."""
 
 import json
+import sys
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import recorder
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
 from config.recording import Quality
@@ -19,6 +22,7 @@ from tests.vipra_ros.recording.streams import NAMES, SIZE, measured, picture
 from vipra_ros import dataset_cli
 from vipra_ros.recording.keyboard import verb
 from vipra_ros.recording.replay import EVERY, HORIZON, chunks, load_actions
+from vipra_ros.teleop.expert import demonstrate
 
 HOME = np.array([0.0, -0.785398, 0.0, -2.356194, 0.0, 1.570796, 0.785398, 0.0])
 FPS = 15
@@ -132,6 +136,20 @@ def test_arms_that_were_not_heard_of_for_a_moment_are_found_in_a_long_episode():
     (found,) = [f for f in quality.inspect(seen, Quality()) if f.kind not in ("idle", "tracking")]
     assert (found.kind, found.first, found.last) == ("stale", 401, 407)
     assert "550 ms from their picture" in found.text
+
+
+def test_the_recorders_benchmark_measures_what_the_nodes_recorded(tmp_path, monkeypatch, capsys):
+    def recorded(wanted, robot, task_file, root, tell):
+        assert (wanted.episodes, wanted.keep_flagged, robot) == (1, True, "sim_single")
+        assert task_file == "stack_cups"
+        write(root, (clean(0.0), 40))
+
+    monkeypatch.setattr(recorder, "demonstrate", create_autospec(demonstrate, side_effect=recorded))
+    monkeypatch.setattr(sys, "argv", ["recorder", "--episodes", "1", "--json", str(tmp_path / "numbers")])
+    assert recorder.main() == 0
+    numbers = json.loads((tmp_path / "numbers").read_text())
+    assert numbers["sync_error_ms_p99"] == pytest.approx(3.0, abs=0.01) and numbers["dropped_frames"] == 0
+    assert "MISSED" not in capsys.readouterr().out
 
 
 def test_limits_of_arms_with_another_number_of_joints_are_said_to_be_unchecked(tmp_path, capsys):
