@@ -82,10 +82,8 @@ class GraphRig:
         self._told: dict[str, Track] = {arm: [] for arm in arms}
         self._started = -np.inf
         self._moved_s: float | None = None  # the arms' time when the policy last did not wait
-        self._answers, self._answered_s = (
-            (),
-            0.0,
-        )  # chunks so far; the arms' time when they last moved or one came
+        self._answers: tuple = ()  # chunks so far in this trial
+        self._answered_s = 0.0  # the arms' time of a newer one, or of motion
         self._told_at: dict[str, float] = {}  # node -> when its status came
         for node in ("arms", "policy"):
             monitor.watch_status(node, lambda _, node=node: self._told_at.update({node: time.monotonic()}))
@@ -110,7 +108,7 @@ class GraphRig:
                 self._joints[arm].clear()
                 self._told[arm].clear()
         self._monitor.call("/policy/start", 15.0)
-        self._started, self._moved_s = time.monotonic(), None
+        self._started, self._moved_s, self._answers = time.monotonic(), None, ()
 
     def stop(self) -> None:
         self._monitor.call("/policy/stop", 5.0)

@@ -97,8 +97,10 @@ def watched(tmp_path, monkeypatch):
     monkeypatch.setattr(rigs, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     monitor, seconds = FakeMonitor(), [100.0]
     rig = GraphRig(monitor, ("left",), HAND, print, {})
-    rig.start("stack", tmp_path / "a.mp4")
-    seconds[0] += 10.0
+
+    def begin():
+        rig.start("stack", tmp_path / "a.mp4")
+        seconds[0] += 10.0
 
     def look(state="RUNNING", reason="running", arms="RUNNING", silent=(), chunks=0):
         seconds[0] += 0.1
@@ -111,6 +113,8 @@ def watched(tmp_path, monkeypatch):
             monitor.watchers[node](None)
         return rig.trouble()
 
+    begin()
+    look.begin = begin
     yield look
     rig.discard()
 
@@ -141,6 +145,8 @@ def test_a_server_that_hangs_voids_the_trial_and_a_slow_one_does_not(watched):
         assert {watched(arms="RUNNING", chunks=number) for _ in range(60)} == {None}
     seen = [watched(arms="HOLDING", chunks=3) for _ in range(55)]
     assert seen[0] is None and seen[-1] == ("void", "no chunk from the policy server for 5 s: does it hang?")
+    watched.begin()  # of the next trial nothing is known yet
+    assert {watched(arms="IDLE", chunks=3) for _ in range(45)} == {None}
 
 
 def test_faults_are_told_from_what_is_not_the_policys_doing(watched):
