@@ -289,12 +289,6 @@ class _WorldClock:
     def now(self) -> float:
         return self._world.time_s
 
-    def sleep_until(self, t: float) -> None:
-        raise NotImplementedError("simulated time moves by the trial's own loop")
-
-    def close(self) -> None:
-        pass
-
 
 class _Stepped(ArmsExecutor):
     """The robot's executor, ticked by the trial instead of by a thread of its own."""

@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--raw", action="store_true", help="also every message but pictures as MCAP")
     said = parser.parse_args(argv)
     if not said.dataset:
-        for action in parser._actions:
-            if action.option_strings and getattr(said, action.dest, action.default) != action.default:
+        for name, value in vars(said).items():
+            if value != parser.get_default(name):
                 parser.error(
-                    f"{action.option_strings[-1]} is for a recorder started here: name a FOLDER; "
+                    f"--{name.replace('_', '-')} is for a recorder started here: name a FOLDER; "
                     "one that runs already has its own (ros2 param set /recorder task '...')"
                 )
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")

@@ -21,9 +21,8 @@ FRESH_S = 0.5  # a stream without a sample for this long is silent
 LOST_S = 2.0  # silent for this long, it ends the episode
 HELD_S = 0.5  # arms that nobody commands for this long flag the episode
 WAITING = "waiting for camera and arms"
-GRAVE = frozenset(
-    ("frozen", "gap", "dropped", "stale", "lost", "stopped", "held")
-)  # kinds that need a second ~/keep
+# Kinds that need a second ~/keep.
+GRAVE = frozenset(("frozen", "gap", "dropped", "stale", "lost", "stopped", "held"))
 _DISK_EVERY_S = 0.5
 _STOPPED = ("FAULT", "STOPPING", "STOPPED", "RECOVERING")
 _HELD = ("HOLDING", "IDLE")
