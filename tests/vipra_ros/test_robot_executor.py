@@ -116,6 +116,12 @@ def test_hands_open_for_idle_arms_and_for_nobody_who_commands(bench):
     bench.submit(None)
     bench.tick(1.0)
     bench.executor.open_hands()
+    bench.lead()  # before it was done
+    bench.tick()
+    assert bench.hand.opening == 0.0, "the hand is the new commander's"
+    bench.submit(None)
+    bench.tick()
+    bench.executor.open_hands()
     bench.tick()
     assert bench.hand.opening == 1.0
     bench.lead()

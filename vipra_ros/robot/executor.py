@@ -561,7 +561,7 @@ class ArmsExecutor:
             reseeded.set()
         if self._open_request:
             self._open_request = False
-            if self.state in (State.IDLE, State.HOLDING):
+            if self.state in (State.IDLE, State.HOLDING) and not self.lease.held(now):
                 self._open_hands()
         if self._home_request:
             self._home_request = False
