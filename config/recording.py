@@ -1,16 +1,33 @@
 """Recording demonstrations: where to, how many, and what makes an episode suspicious."""
 
+import re
+
 from pydantic import Field, field_validator
 
 from config.loading import Strict, load, root
 from config.task import Task
 
 
+def names_task(text: str) -> bool:
+    """Whether `text` is a file in config/tasks or a path to one, and no instruction."""
+    if text.endswith((".yaml", ".yml")) or re.fullmatch(r"\w+_\w+", text):
+        return True
+    return text.isalnum() and (root() / "config" / "tasks" / f"{text}.yaml").is_file()
+
+
 class Recording(Strict):
     """The recorder node's parameters besides the robot."""
 
     dataset: str = Field("", description="folder of the dataset; a new one is made, an old one continued")
-    task: str = Field("", max_length=512, description="what is demonstrated, in words; may change in between")
+    task: str = Field(
+        "",
+        max_length=512,
+        description="what is demonstrated, in words, or a file in config/tasks, whose trials are then "
+        "asked for one after the other; may change in between",
+    )
+    first_seed: int = Field(
+        10_000, ge=0, description="episode n is trial first_seed + n of a task file; evaluate on other seeds"
+    )
     target: int = Field(200, ge=1, description="episodes the dataset shall have in the end")
     rate_hz: int | None = Field(
         None, ge=1, le=60, description="frames per second; null: the embodiment's rate"
@@ -29,14 +46,9 @@ class Recording(Strict):
 
     @field_validator("task")
     @classmethod
-    def _words(cls, task: str) -> str:
-        file = root() / "config" / "tasks" / f"{task}.yaml"
-        if task.replace("_", "").isalnum() and file.is_file():
-            (words, *_) = load(Task, task).instructions
-            raise ValueError(
-                f"{task} is a file's name, and what a policy would learn as its instruction: "
-                f"give the words themselves, such as {words!r} with the fields filled in"
-            )
+    def _readable(cls, task: str) -> str:
+        if names_task(task):
+            load(Task, task)
         return task
 
 

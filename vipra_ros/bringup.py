@@ -18,6 +18,7 @@ from pydantic import Field
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, Strict, load, parse
+from config.recording import Recording
 from config.robot import PRESETS, Robot
 from config.safety import Safety
 from config.teleop import Teleop
@@ -54,7 +55,9 @@ class Arguments(Strict):
     )
     teleop: str | None = Field(None, description="file in config/teleop, or a path to one")
     with_camera: Literal["yes", "no"] = Field("yes", description="no: only the arms and their leaders")
-    task: str | None = Field(None, description="instruction for the policy, or what is demonstrated")
+    task: str | None = Field(
+        None, description="instruction for the policy; what is demonstrated, or a file in config/tasks"
+    )
     dataset: str | None = Field(
         None, description="also record demonstrations to this folder; empty: no recorder"
     )
@@ -211,7 +214,7 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
         parameters = {**common, "teleop": said.teleop} if name == "teleop" else common
         processes.append(Process(name, f"vipra_ros.nodes.{name}", f"vipra_{name}", (), parameters, extra))
     if said.dataset:
-        processes.append(_recorder(said, common, quiet))
+        processes.append(_recorder(said, robot, common, quiet))
     return Graph(tuple(processes), {"ROS_AUTOMATIC_DISCOVERY_RANGE": said.discovery}, robot)
 
 
@@ -227,11 +230,16 @@ def check_files(robot: Robot, name: str) -> None:
         )
 
 
-def _recorder(said: Arguments, common: Mapping[str, Any], environment: Mapping[str, str]) -> Process:
+def _recorder(
+    said: Arguments, robot: Robot, common: Mapping[str, Any], environment: Mapping[str, str]
+) -> Process:
     if said.with_camera == "no":
         raise ConfigError("dataset: recording needs the camera: leave with_camera out")
     wanted = {"dataset": said.dataset, "task": said.task, "target": said.target}
     given = {key: value for key, value in wanted.items() if value is not None}
+    from vipra_ros.recording import setups  # numpy: not for every verb
+
+    setups.read(parse(Recording, given, "recorder"), robot)
     parameters = {**common, **given}
     return Process("recorder", "vipra_ros.nodes.recorder", "vipra_recorder", (), parameters, environment)
 

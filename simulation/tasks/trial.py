@@ -82,3 +82,18 @@ def _places(random: np.random.Generator, task: Task, regions: list[Region]) -> n
         if n == 1 or distance[apart].min() >= task.clearance_m:
             return xy
     raise ValueError(f"{task.name}: {n} objects {task.clearance_m} m apart do not fit their regions")
+
+
+def placing(trial: Trial) -> list[str]:
+    """Where each object goes: its looks and kind, and its place on the table in `world`."""
+    words = {colour.rgb: colour.word for colour in getattr(trial.task, trial.split).colours}
+    words |= {thing.colour.rgb: thing.colour.word for thing in trial.task.objects if thing.colour}
+    lines = []
+    for prop, yaw in zip(trial.workcell.props, trial.yaws_rad, strict=True):
+        looks = [prop.pattern] if prop.pattern != "plain" else []
+        looks += [word] if (word := words.get(prop.rgb)) else []
+        size = f" of {100 * prop.size_m:.0f} cm" if prop.kind == "cloth" else ""
+        turned = f", turned by {math.degrees(yaw):.0f}°" if prop.kind in ("box", "cloth") else ""  # not round
+        place = f"x {100 * prop.xy[0]:.0f} cm, y {100 * prop.xy[1]:.0f} cm{turned}"
+        lines.append(f"{' '.join([*looks, prop.kind])}{size}: {place}")
+    return lines

@@ -102,6 +102,12 @@ def test_discovery_stays_on_this_machine_unless_opened():
         ("bimanual", {"camera": "sim"}, "camera source 'sim' needs a simulation"),
         ("bimanual", {"policy": "vipra_7b", "server": "tcp://10.0.0.9:5555"}, "leave `policy` empty"),
         ("single", {"robot": "elsewhere.yaml"}, "no such file"),
+        (
+            "teleop",
+            {"dataset": "cups", "task": "stack_cups"},
+            "stack_cups is for arms right, the robot has left",
+        ),
+        ("teleop", {"dataset": "cups", "task": "stack_cup"}, "known tasks: "),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_fix(kind, given, message):

@@ -4,7 +4,6 @@ Only `run` imports ROS, when called.
 """
 
 import codecs
-import math
 import os
 import queue
 import select
@@ -19,7 +18,7 @@ from config.robot import Robot
 from config.safety import Safety
 from config.task import Task
 from config.workcell import Workcell
-from simulation.tasks.trial import Trial, make_trial
+from simulation.tasks.trial import Trial, make_trial, placing
 from vipra_ros.evaluation import operator
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, locked, trial_settings
@@ -172,21 +171,6 @@ def prompt(session: Session, trials: dict[Key, Trial]) -> str:
         return f"{head}: {trial.task.protocol.scoring}\n{operator.KEYS[Phase.SCORE]}"
     score = f" {session.score} after {session.seconds:.1f} s" if session.score else ""
     return f"{head} {session.phase.value}{score}. {operator.KEYS[session.phase]}"
-
-
-def placing(trial: Trial) -> list[str]:
-    """Where each object goes: its looks and kind, and its place on the table in `world`."""
-    words = {colour.rgb: colour.word for colour in getattr(trial.task, trial.split).colours}
-    words |= {thing.colour.rgb: thing.colour.word for thing in trial.task.objects if thing.colour}
-    lines = []
-    for prop, yaw in zip(trial.workcell.props, trial.yaws_rad, strict=True):
-        looks = [prop.pattern] if prop.pattern != "plain" else []
-        looks += [word] if (word := words.get(prop.rgb)) else []
-        size = f" of {100 * prop.size_m:.0f} cm" if prop.kind == "cloth" else ""
-        turned = f", turned by {math.degrees(yaw):.0f}°" if prop.kind in ("box", "cloth") else ""  # not round
-        place = f"x {100 * prop.xy[0]:.0f} cm, y {100 * prop.xy[1]:.0f} cm{turned}"
-        lines.append(f"{' '.join([*looks, prop.kind])}{size}: {place}")
-    return lines
 
 
 class Listener:

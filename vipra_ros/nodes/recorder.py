@@ -2,8 +2,9 @@
 
 Takes `/front_camera/image_raw`, `/<arm>/joint_states`, `/<arm>/joint_reference`, `/arms/status` and, where it
 runs, `/teleop/status`; services `~/start`, `~/stop`, `~/keep`, `~/discard`, `~/undo`, `~/retry`, `~/pause`;
-parameters `task` and `target`, which may change between episodes; `~/status`. Frames are encoded in a thread
-of their own, so that no message waits for a disk. Timers run on the steady clock; stamps are executor time.
+parameters `task` (words, or a file in config/tasks) and `target`, which may change between episodes;
+`~/status`. Frames are encoded in a thread of their own, so that no message waits for a disk. Timers run on
+the steady clock; stamps are executor time.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from vipra_ros.clock import make_clock
 from vipra_ros.nodes.messages import seconds, stamp
 from vipra_ros.nodes.run import run
 from vipra_ros.parameters import declare, declare_robot, revise
+from vipra_ros.recording import setups
 from vipra_ros.recording.raw import RawLog
 from vipra_ros.recording.session import Refused, Session, State
 from vipra_ros.recording.synchronizer import Synchronizer
@@ -67,7 +69,8 @@ class RecorderNode(Node):
             )
         if tuple(name for names in self._names.values() for name in names) != embodiment.names:
             raise ConfigError(f"embodiment {embodiment.name}: its dimensions are not the robot's, arm by arm")
-        self._camera = robot.camera
+        self._robot = robot
+        asked = setups.read(self._config, robot)
         root = Path(self._config.dataset).expanduser().resolve()
         size = robot.camera.height, robot.camera.width
         writer = open_writer(root, embodiment.names, embodiment.name, int(rate_hz), size, self._config.crf)
@@ -76,7 +79,7 @@ class RecorderNode(Node):
         self._executor_clock = make_clock(robot)
         self._resources.callback(self._executor_clock.close)
         self._synchronizer = Synchronizer(rate_hz, robot.camera.rate_hz, hands)
-        self._session = Session(self._config, self._synchronizer, self._worker, root)
+        self._session = Session(self._config, asked, self._synchronizer, self._worker, root)
         self._root = root
         self._raw: RawLog | None = None
         self._told = ""
@@ -152,7 +155,7 @@ class RecorderNode(Node):
     # --- ROS to session
 
     def _on_image(self, message: Image) -> None:
-        camera = self._camera
+        camera = self._robot.camera
         if (message.encoding, message.width, message.height) != ("rgb8", camera.width, camera.height):
             self.get_logger().error(
                 f"pictures are {message.encoding} {message.width}x{message.height}, "
@@ -178,7 +181,7 @@ class RecorderNode(Node):
             changed = [p for p in parameters if p.name in ("task", "target")]
             config = revise(self._config, "", changed)
             if config.task != self._config.task:
-                self._session.set_task(config.task)
+                self._session.change_task(setups.read(config, self._robot))
         except (ConfigError, Refused) as error:
             return SetParametersResult(successful=False, reason=str(error))
         self._config, self._session.target = config, config.target
@@ -223,7 +226,8 @@ class RecorderNode(Node):
             "message": session.message,
             "count": worker.episodes,
             "target": session.target,
-            "task": session.task,
+            "task": session.setup.instruction,
+            "set_up": "\n".join(session.setup.lines),
             "dataset": self._root,
             "frames": session.frames,
             "length_s": f"{session.length_s:.2f}",

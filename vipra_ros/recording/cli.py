@@ -14,6 +14,8 @@ from vipra_ros.recording.keyboard import END, HELP, Repeats, raw_keys, read_key,
 EPILOG = f"""\
 Camera, arms and leaders have to run:  vipra up teleop robot:=sim_single --start
 Then, in another terminal:             vipra record recordings/cups --robot sim_single --task "stack the cups"
+At a real robot --task may be a file in config/tasks (stack_cups): each episode is a trial of it, and you are
+told where its objects go and what it is called.
 
 Keys: {HELP}
 A foot pedal that types a space starts and stops. Record 100 to 200 demonstrations a task: docs/recording.md.
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", nargs="?", type=Path, metavar="FOLDER", help="dataset to write")
-    parser.add_argument("--task", default="", help="what is demonstrated, in words")
+    parser.add_argument("--task", default="", help="what is demonstrated: words, or a file in config/tasks")
     parser.add_argument("--target", type=int, default=200, help="episodes wanted (default: %(default)s)")
     parser.add_argument(
         "--robot", default="sim_bimanual", help="file in config/robots (default: %(default)s)"
@@ -101,7 +103,7 @@ def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
     from vipra_ros.monitor import CallFailed
 
     say(HELP)
-    told, quitting, repeats = "", False, Repeats()
+    told, laid_out, quitting, repeats = "", "", False, Repeats()
     with raw_keys(), interrupts() as interrupted:
         while True:
             for child in children:
@@ -111,6 +113,11 @@ def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
             if values["message"] != told:
                 told = values["message"]
                 say(told)
+            if values["state"] != "IDLE":
+                laid_out = ""  # before the next attempt it is said again
+            elif values["set_up"] != laid_out:
+                laid_out = values["set_up"]
+                say(set_up(values))
             show(line(values))
             key = "q" if interrupted and interrupted.pop() else _pressed(repeats, now)
             if not key:
@@ -150,6 +157,12 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def set_up(values: Mapping[str, str]) -> str:
+    """What the operator lays out before the next episode."""
+    first = f"set up number {int(values['count']) + 1}: {values['task']}"
+    return "\n".join([first, *(f"  {line}" for line in values["set_up"].splitlines())])
 
 
 def line(values: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from config.recording import Recording
 from episodes import quality
 from episodes.quality import Finding
+from vipra_ros.recording.setups import Setup, Setups
 from vipra_ros.recording.synchronizer import Synchronizer
 from vipra_ros.recording.worker import Worker
 
@@ -48,12 +49,14 @@ class Session:
     def __init__(
         self,
         config: Recording,
+        setups: Setups,
         synchronizer: Synchronizer,
         worker: Worker,
         root: Path,
         free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
     ):
-        self.task, self.target = config.task, config.target
+        self.target = config.target
+        self._setups = setups
         self._config, self._synchronizer, self._worker = config, synchronizer, worker
         self._root, self._free_bytes = root, free_bytes
         self.state, self.message = State.IDLE, WAITING
@@ -75,6 +78,11 @@ class Session:
         return self.frames / self._rate_hz
 
     @property
+    def setup(self) -> Setup:
+        """Of the running or next episode."""
+        return self._setups(self._worker.episodes)
+
+    @property
     def _rate_hz(self) -> float:
         return 1.0 / self._synchronizer.period_s
 
@@ -85,7 +93,7 @@ class Session:
         self._need(State.IDLE, "start")
         self._check_ready(now)
         self._begin()
-        return f"recording episode {self._worker.episodes + 1}: {self.task}"
+        return f"recording episode {self._worker.episodes + 1}: {self.setup.instruction}"
 
     def stop(self) -> str:
         """End the episode; then keep or discard it."""
@@ -132,7 +140,7 @@ class Session:
         self._check_ready(now)
         self._drop("retry")
         self._begin()
-        return f"recording again: {self.task}"
+        return f"recording again: {self.setup.instruction}"
 
     def pause(self) -> str:
         """Leave out what happens until the next call; hold the arms still meanwhile."""
@@ -147,10 +155,11 @@ class Session:
             raise Refused(f"nothing is being recorded ({self.state.value}): start first")
         return self.message
 
-    def set_task(self, task: str) -> None:
+    def change_task(self, setups: Setups) -> None:
+        """What the next episodes show."""
         if self.state in (State.RECORDING, State.PAUSED):
             raise Refused("the task cannot change during an episode: stop first")
-        self.task = task
+        self._setups = setups
 
     # --- what happens meanwhile
 
@@ -211,7 +220,7 @@ class Session:
             raise Refused(f"cannot {verb} now ({self.state.value}): {hint}")
 
     def _check_ready(self, now: float) -> None:
-        if not self.task.strip():
+        if not self.setup.instruction:
             raise Refused(
                 "the task is empty: say what is demonstrated (vipra record --task, or parameter task)"
             )
@@ -238,7 +247,7 @@ class Session:
 
     def _record(self, now: float) -> None:
         for frame in self._synchronizer.take(now):
-            if not self._worker.put(frame, self.task):
+            if not self._worker.put(frame, self.setup.instruction):
                 text = f"frame {self.frames} lost: the disk or processor is too slow to encode"
                 self._events.append(Finding("lost", text, self.frames, self.frames))
                 self._finish("ended: frames were lost")

@@ -7,12 +7,12 @@ import pytest
 
 from config.loading import load
 from config.task import Task
-from simulation.tasks.trial import make_trial
+from simulation.tasks.trial import make_trial, placing
 from vipra_ros import evaluate
 from vipra_ros.evaluation import live, operator
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger
-from vipra_ros.evaluation.live import ALARM, HALT_TRIES, Listener, drive, placing, pressed
+from vipra_ros.evaluation.live import ALARM, HALT_TRIES, Listener, drive, pressed
 from vipra_ros.evaluation.operator import Do, Phase, Session
 
 TRIALS = tuple(Key("seen", seed) for seed in range(3))

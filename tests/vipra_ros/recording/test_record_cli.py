@@ -35,6 +35,8 @@ class Recorder:
                 "sync_p99_ms": "1.0",
                 "repeated": "0",
                 "warnings": "",
+                "task": "stack the cups",
+                "set_up": "",
             }
         )
 
@@ -102,8 +104,28 @@ def test_options_that_a_running_recorder_would_not_hear_are_refused(options, cap
     assert f"{options[0]} is for a recorder started here: name a FOLDER" in capsys.readouterr().err
 
 
-def test_a_task_files_name_is_no_instruction():
-    said = "stack_cups is a file's name, .* such as 'pick up {moved} cup and stack on {target} cup'"
-    with pytest.raises(ConfigError, match=said):
-        parse(Recording, {"task": "stack_cups"}, "recorder")
-    assert Recording(task="stack cups").task == "stack cups"
+@pytest.mark.parametrize("task", ["stack_cup", "mine.yaml"])
+def test_a_task_file_that_is_not_there_is_no_instruction(task):
+    with pytest.raises(ConfigError, match=r"recorder: task: .*(known tasks: .*stack_cups|no such file)"):
+        parse(Recording, {"task": task}, "recorder")
+    assert Recording(task="stack cup").task == "stack cup"
+
+
+def test_what_to_lay_out_is_said_before_every_attempt(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "read_key", lambda timeout_s: "")
+    states = ["IDLE", "IDLE", "RECORDING", "PENDING", "IDLE", "IDLE"]
+    recorder = Recorder("IDLE")
+    shown = recorder.status
+
+    def status(node):
+        recorder.state = states.pop(0) if states else "IDLE"
+        if not states:
+            os.kill(os.getpid(), signal.SIGINT)
+        now = shown(node)
+        now.values |= {"task": "stack the red cup on the blue cup", "set_up": "Two cups.\nred cup: x 50 cm"}
+        return now
+
+    recorder.status = status
+    assert cli.run(recorder) == 0
+    said = "set up number 4: stack the red cup on the blue cup\n  Two cups.\n  red cup: x 50 cm\n"
+    assert capsys.readouterr().out.count(said) == 2

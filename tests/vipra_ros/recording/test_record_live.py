@@ -15,8 +15,11 @@ from mcap.reader import make_reader
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image, JointState
 
+from config.loading import load
+from config.task import Task
 from episodes import demonstration
 from episodes.reader import Dataset
+from simulation.tasks.trial import make_trial, placing
 from tests.vipra_ros.graph import Graph, write_robot
 from tests.vipra_ros.recording.streams import SIZE, capture_of, commanded, measured, picture
 from vipra_ros.clock import to_stamp
@@ -149,8 +152,11 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
         second = Terminal(graph, str(cups), "--task", "stack", *robot_in, cwd=tmp_path)
         second.wait("another writer (process ")
         assert second.end() == 1
-        third = Terminal(graph, str(tmp_path / "bowls"), "--task", "stack", *robot_in, cwd=tmp_path)
+        third = Terminal(graph, str(tmp_path / "bowls"), "--task", "place_in_bowl", *robot_in, cwd=tmp_path)
+        trial = make_trial(load(Task, "place_in_bowl"), 10_000, template=None)
         third.wait("ready")
+        third.wait(f"set up number 1: {trial.instruction}")
+        third.wait(*placing(trial))
         third.key(" ", "another recorder runs in this graph")
         third.key("q", "")
         assert third.end() == 0

@@ -10,10 +10,14 @@ import threading
 import numpy as np
 import pytest
 
+from config.loading import ConfigError, load
 from config.recording import Quality, Recording
+from config.robot import Robot
+from config.task import Task
 from episodes import demonstration
 from episodes.layout import EpisodesError
 from episodes.reader import Dataset
+from simulation.tasks.trial import make_trial, placing
 from tests.vipra_ros.recording.streams import (
     CAMERA_HZ,
     HANDS,
@@ -25,9 +29,16 @@ from tests.vipra_ros.recording.streams import (
     measured,
 )
 from vipra_ros.process import wait_for
+from vipra_ros.recording import setups
 from vipra_ros.recording.session import Refused, Session, State
 from vipra_ros.recording.synchronizer import Synchronizer
 from vipra_ros.recording.worker import Worker, open_writer
+
+FRANKA = load(Robot, "franka_single")
+
+
+def words(task: str) -> setups.Setups:
+    return setups.read(Recording(task=task), FRANKA)
 
 
 class Rig:
@@ -35,12 +46,20 @@ class Rig:
 
     def __init__(self, root, **config):
         self.root, self.free = root, 10e9
-        self.config = Recording(dataset=str(root), task="stack the cups", queue_frames=1000, **config)
+        said = {"task": "stack the cups", "queue_frames": 1000} | config
+        self.config = Recording(dataset=str(root), **said)
         self.synchronizer = Synchronizer(15.0, CAMERA_HZ, HANDS)
         self.streams = Streams(self.synchronizer, jitter_s=0.002)
         writer = open_writer(root, NAMES, "test_arm", 15, SIZE, crf=10)
         self.worker = Worker(writer, Quality(), self.config.queue_frames)
-        self.session = Session(self.config, self.synchronizer, self.worker, root, lambda _: int(self.free))
+        self.session = Session(
+            self.config,
+            setups.read(self.config, FRANKA),
+            self.synchronizer,
+            self.worker,
+            root,
+            lambda _: int(self.free),
+        )
         self.run(0.2)
 
     def run(self, seconds: float) -> None:
@@ -69,7 +88,13 @@ class Rig:
 
 def test_it_is_ready_once_every_stream_has_come(rig):
     assert rig.session.message == "ready"
-    early = Session(rig.config, Synchronizer(15.0, CAMERA_HZ, HANDS), rig.worker, rig.root)
+    early = Session(
+        rig.config,
+        setups.read(rig.config, FRANKA),
+        Synchronizer(15.0, CAMERA_HZ, HANDS),
+        rig.worker,
+        rig.root,
+    )
     early.poll(rig.streams.now)
     assert early.message == "waiting for camera and arms"
     with pytest.raises(Refused, match="nothing comes on front camera"):
@@ -191,12 +216,40 @@ def test_discard_undo_retry_and_pause(rig):
         rig.session.stop()
 
 
+def test_a_task_files_trials_follow_each_other_over_days(tmp_path):
+    """Episode n shows trial 10000 + n: the next one once it is kept, also when the dataset is continued."""
+    task = load(Task, "stack_cups")
+    trials = [make_trial(task, 10_000 + n, template=None) for n in range(3)]
+    assert len({trial.instruction for trial in trials}) == 3
+    for day in (0, 2):
+        rig = Rig(tmp_path / "cups", task="stack_cups")
+        for n in range(day, 2):
+            trial = trials[n]
+            assert rig.session.setup.lines == (task.protocol.set_up, *placing(trial), task.protocol.reset)
+            rig.record(1.2), rig.session.discard()
+            assert rig.session.setup.instruction == trial.instruction
+            rig.record(1.2), rig.keep()
+        assert rig.session.setup.instruction == trials[2].instruction
+        rig.worker.close()
+    data = Dataset(tmp_path / "cups")
+    assert [set(data.tasks(n)) for n in range(2)] == [{trials[0].instruction}, {trials[1].instruction}]
+
+
+def test_a_task_for_other_arms_or_in_simulation_is_refused():
+    for robot, problem in (
+        ("franka_bimanual", "stack_cups is for arms right, the robot has left, right: name another"),
+        ("sim_single", "this robot is simulated: give the words .* vipra dataset generate stack_cups"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            setups.read(Recording(task="stack_cups"), load(Robot, robot))
+
+
 def test_nothing_starts_without_task_streams_or_room(rig):
     session = rig.session
-    session.set_task(" ")
+    session.change_task(words(" "))
     with pytest.raises(Refused, match="task is empty"):
         session.start(rig.streams.now)
-    session.set_task("stack")
+    session.change_task(words("stack"))
     rig.free = 100e6
     with pytest.raises(Refused, match=r"100 MB are free .* 500 MB are needed"):
         session.start(rig.streams.now)
