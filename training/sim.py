@@ -43,7 +43,7 @@ STRIDES = (2, 4)  # of stage 1, frames at 15 Hz
 LABEL_STRIDE = 2  # 14 steps are 1.9 s
 PROBE_STEPS = {"cpu": 3000, "cuda": 4000}  # with 400 not even the pixels' probe finds the cups
 WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}  # pictures were cut when they were drawn
-VARIANTS = {"policy": (), "scratch": (), "bidirectional": ("chunk_attention=bidirectional",)}
+VARIANTS = ("policy", "scratch", "attention")  # runs of stage 3 on all demonstrations
 UNFINISHED = 75  # exit status, EX_TEMPFAIL
 PATIENCE_S = 120.0  # for a stopped step to save
 
@@ -289,13 +289,15 @@ def scratch(plan: Plan) -> None:
     _choices(plan, "scratch", "--tokenizer", plan.out / "tokenizer")
 
 
-def bidirectional(plan: Plan) -> None:
-    """Ablation: actions of a chunk see each other. Nothing to do where the policy's already do."""
-    from config.training import load_recipe
+def attention(plan: Plan) -> None:
+    """Ablation: what a chunk's actions see of each other, causal where the policy's is bidirectional."""
+    _choices(plan, "attention", "--start", plan.out / "pretrained")
 
-    if load_recipe(f"finetune_{plan.scale.recipes}").chunk_attention == "bidirectional":
-        return
-    _choices(plan, "bidirectional", "--start", plan.out / "pretrained")
+
+def other_attention(plan: Plan) -> str:
+    """The ablation's `chunk_attention`."""
+    causal = _recipe(plan).chunk_attention == "causal"
+    return "bidirectional" if causal else "causal"
 
 
 def _choices(plan: Plan, name: str, *options: object) -> None:
@@ -314,7 +316,9 @@ def _act(plan: Plan, run: str, name: str, steps: int, *options: object) -> None:
     sets = [{"path": str(plan.out / which), "crop": WHOLE} for which in recorded]
     data = f"data={json.dumps({'datasets': sets, 'validation_share': 0.05})}"
     place = ["--out", plan.out / name, "--run", plan.out / "runs" / run]
-    changes = plan.sets("finetune", data, *VARIANTS.get(run, ()))
+    changes = plan.sets("finetune", data)
+    if run == "attention":
+        changes += ["--set", f"chunk_attention={other_attention(plan)}"]
     recipe = f"finetune_{plan.scale.recipes}"
     plan.run(
         "vipra_ros.cli", "train", "finetune", recipe, *place, *options, *changes, "--set", f"steps={steps}"
@@ -323,11 +327,16 @@ def _act(plan: Plan, run: str, name: str, steps: int, *options: object) -> None:
 
 def checkpoints(plan: Plan) -> list[int]:
     """Steps of stage 3 after which a checkpoint is exported."""
+    total = _recipe(plan).steps
+    return sorted({max(round(share * total), 1) for share in plan.scale.checkpoints})
+
+
+def _recipe(plan: Plan):
+    """Of stage 3, as asked for."""
     from config.training import load_recipe
 
     asked = [text.partition(".")[2] for text in plan.changes if text.startswith("finetune.")]
-    total = load_recipe(f"finetune_{plan.scale.recipes}", asked).steps
-    return sorted({max(round(share * total), 1) for share in plan.scale.checkpoints})
+    return load_recipe(f"finetune_{plan.scale.recipes}", asked)
 
 
 def choose(plan: Plan) -> None:
@@ -358,8 +367,8 @@ def choose(plan: Plan) -> None:
 def evaluate(plan: Plan) -> None:
     """Paired trials in lockstep, and McNemar's test: against Scratch, and the ablation where there is one."""
     folder, others = plan.out / "evaluation", {"scratch": "comparison"}
-    if done(plan.out / "bidirectional"):
-        others["bidirectional"] = "comparison_bidirectional"
+    if done(plan.out / "attention"):
+        others["attention"] = "comparison_attention"
     for name in ("policy", *others):
         _evaluate(plan, plan.out / name, _seeds(PAIRED, plan.scale.paired), folder / name)
     for name, out in others.items():
@@ -415,7 +424,7 @@ STEPS: dict[str, Callable[[Plan], None]] = {
     "corrections": corrections,
     "finetune": finetune,
     "scratch": scratch,
-    "bidirectional": bidirectional,
+    "attention": attention,
     "choose": choose,
     "evaluate": evaluate,
     "live": live,

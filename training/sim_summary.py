@@ -27,8 +27,9 @@ def write(out: Path) -> dict:
     }
     for kind, those in reports.items():
         found[kind] = {name: {key: report.get(key) for key in KEPT} for name, report in those.items()}
-    if comparison := _read(out / "evaluation" / "comparison" / "comparison.json"):
-        found["comparison"] = comparison
+    for name in ("comparison", "comparison_attention"):
+        if comparison := _read(out / "evaluation" / name / "comparison.json"):
+            found[name] = comparison
     (out / "summary.json").write_text(json.dumps(found, indent=1))
     if entries:
         points = success(entries, reports["development"])

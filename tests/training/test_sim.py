@@ -25,6 +25,7 @@ from training.sim import (
     SMALL,
     OutOfTime,
     Plan,
+    attention,
     check_gate,
     checkpoints,
     choose,
@@ -196,7 +197,7 @@ def test_the_best_on_development_seeds_is_chosen_and_what_was_chosen_is_compared
     texts: list[str] = []
     rates = {  # steps -> (success, partial) of the policy and of the ablation
         "policy": {20: (0.5, 0.9), 26: (0.6, 0.6), 32: (0.6, 0.7), 40: (0.6, 0.7)},
-        "bidirectional": {20: (0.3, 0.5), 26: (0.2, 0.9), 32: (0.2, 0.9), 40: (0.0, 1.0)},
+        "attention": {20: (0.3, 0.5), 26: (0.2, 0.9), 32: (0.2, 0.9), 40: (0.0, 1.0)},
     }
 
     def run(plan, *command):
@@ -215,19 +216,41 @@ def test_the_best_on_development_seeds_is_chosen_and_what_was_chosen_is_compared
         (folder / "manifest.json").write_text(folder.name)
     choose(plan)
     assert (tmp_path / "policy" / "manifest.json").read_text() == "policy-000040"
-    assert (tmp_path / "bidirectional" / "manifest.json").read_text() == "bidirectional-000020"
+    assert (tmp_path / "attention" / "manifest.json").read_text() == "attention-000020"
     assert len(texts) == 8 and all("--seeds 300000:300020" in text for text in texts)
     choose(plan)
     assert len(texts) == 8, "what is chosen stays"
     evaluate(plan)
     *played, against, ablation = texts[8:]
     assert [text.split("evaluation/")[1].split("/")[0] for text in played] == [
-        *("policy", "scratch", "bidirectional")
+        *("policy", "scratch", "attention")
     ]
     assert all("--seeds 1000:1200" in text and "--latency-ms 100" in text for text in played)
     folder = tmp_path / "evaluation"
     assert f"--compare {folder}/policy {folder}/scratch --out {folder}/comparison" in against
-    assert f"--compare {folder}/policy {folder}/bidirectional" in ablation
+    assert f"--compare {folder}/policy {folder}/attention --out {folder}/comparison_attention" in ablation
+
+
+@pytest.mark.parametrize(
+    ("scale", "asked", "other"),
+    [
+        (SMALL, (), "causal"),
+        (FULL, (), "bidirectional"),
+        (FULL, ("chunk_attention=bidirectional",), "causal"),
+    ],
+)
+def test_the_ablation_has_the_other_attention_and_nothing_else(tmp_path, scale, asked, other, monkeypatch):
+    texts: list[str] = []
+    monkeypatch.setattr(Plan, "run", lambda plan, *command: texts.append(" ".join(map(str, command))))
+    changes = tuple(f"finetune.{change}" for change in asked)
+    plan = Plan(tmp_path, replace(scale, checkpoints=(1.0,)), None, 1, None, changes, ignore_gate=True)
+    (tmp_path / "gate.json").write_text(json.dumps(gate.report({"hand": 1.0}, {"hand": 1.0})[0]))
+    finetune(plan), attention(plan)
+    policy, ablation = (text.split() for text in texts)
+    assert [word for word in ablation if word not in policy] == [
+        *(word.replace("/policy", "/attention") for word in policy if "/policy" in word),
+        f"chunk_attention={other}",
+    ]
 
 
 def test_fewer_videos_keep_their_proportion():
