@@ -28,7 +28,7 @@ import numpy as np
 from rich.progress import track
 
 from config.embodiment import Embodiment
-from config.loading import load
+from config.loading import ConfigError, load
 from config.robot import Robot
 from config.task import Task
 from episodes import demonstration, layout
@@ -39,7 +39,7 @@ from simulation.demonstrate import Demonstrator, Step
 from simulation.experts.picking import HELD_OPENING
 from simulation.lockstep import Lockstep
 from simulation.tasks.score import UPRIGHT
-from simulation.tasks.trial import Trial, make_trial
+from simulation.tasks.trial import Trial, make_trial, scene
 from training.run import TrainingError
 from training.seen import ABSENT, NAMES, PLACES
 
@@ -208,7 +208,13 @@ def correct_all(evaluation: Path, folder: Path, embodiment: str, each: int, work
     settings = evaluation / "settings.json"
     if not settings.is_file():
         raise TrainingError(f"{evaluation} is no folder of vipra evaluate: settings.json is missing")
-    task = json.loads(settings.read_text())["task"]
+    played = json.loads(settings.read_text())
+    task = played["task"]
+    if scene(load(Task, task)) != played["scene"]:
+        raise TrainingError(
+            f"{evaluation} was played with another {task} than config/tasks has: put that file there, under "
+            "a name of its own, and evaluate with it"
+        )
     if load(Task, task).kind not in PICKED:
         raise TrainingError(
             f"{task}: the expert begins in the middle of tasks of one arm that pick and put alone"
@@ -430,7 +436,7 @@ def main() -> None:
     if given.what == "correct":
         try:
             correct_all(given.evaluation, given.out, given.embodiment, given.each, given.workers)
-        except TrainingError as error:
+        except (TrainingError, ConfigError) as error:
             parser.error(str(error))
         return
     robot, embodiment = load(Robot, given.robot), load(Embodiment, given.embodiment)

@@ -1,5 +1,7 @@
 """What a seed makes of a task: colours, places, instruction. The same seed is the same trial everywhere."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 
@@ -69,6 +71,18 @@ def make_trial(task: Task, seed: int, split: str = "seen", template: int | None 
             moved=names["moved"], target=names["target"], shape=shape
         ),
     )
+
+
+def scene(task: Task) -> str:
+    """Changes with what the task and its workcell say of objects, places, looks and words."""
+    return digest(
+        [task.model_dump(mode="json", exclude={"protocol"}), load(Workcell, task.workcell).model_dump()]
+    )
+
+
+def digest(what: object) -> str:
+    """12 characters that tell plain data from other plain data."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _places(random: np.random.Generator, task: Task, regions: list[Region]) -> np.ndarray:

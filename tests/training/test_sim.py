@@ -113,9 +113,17 @@ def test_an_expert_takes_over_where_a_policy_went(tmp_path):
     trial["poses"][5:, 0, 3:] = 0.7071, 0.7071, 0.0, 0.0
     np.savez_compressed(path, **trial)
     assert len(moments(path, 10)) == 5
-    (played / "settings.json").unlink()
-    done = subprocess.run([*correct, "--out", tmp_path / "none"], cwd=root(), capture_output=True, text=True)
-    assert done.returncode == 2 and "no folder of vipra evaluate" in done.stderr
+    settings, shipped = played / "settings.json", json.loads((played / "settings.json").read_text())
+    for other, problem in (
+        (shipped | {"scene": "of another file"}, "was played with another stack_cups_narrow"),
+        (shipped | {"task": "mine"}, "config/tasks/mine.yaml does not exist"),
+        (None, "no folder of vipra evaluate"),
+    ):
+        settings.write_text(json.dumps(other)) if other else settings.unlink()
+        done = subprocess.run(
+            [*correct, "--out", tmp_path / "none"], cwd=root(), capture_output=True, text=True
+        )
+        assert done.returncode == 2 and problem in done.stderr
 
 
 def dots(count: int) -> gate.Seen:

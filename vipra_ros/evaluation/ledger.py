@@ -8,7 +8,6 @@ DIR/void.jsonl                  trials that do not count, and why
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from config.loading import load
 from config.safety import Safety
 from config.task import Task
-from config.workcell import Workcell
+from simulation.tasks.trial import digest, scene
 
 GIVE_UP = 3  # attempts at one trial
 
@@ -88,16 +87,9 @@ class Holds:
 
 
 def trial_settings(task: Task, limit_s: float, safety: str) -> dict:
-    """What makes a seed the same trial everywhere. `scene` changes with what the task and its workcell say of
-    objects, places, looks and words; `limits` with the safety limits.
-    """
-    scene = [task.model_dump(mode="json", exclude={"protocol"}), load(Workcell, task.workcell).model_dump()]
-    limits = load(Safety, safety).model_dump(mode="json")
-    return {"task": task.name, "time_limit_s": limit_s, "scene": _digest(scene), "limits": _digest(limits)}
-
-
-def _digest(what: object) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    """What makes a seed the same trial everywhere; `limits` changes with the safety limits."""
+    limits = digest(load(Safety, safety).model_dump(mode="json"))
+    return {"task": task.name, "time_limit_s": limit_s, "scene": scene(task), "limits": limits}
 
 
 @contextlib.contextmanager
