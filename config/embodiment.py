@@ -30,6 +30,7 @@ _KINDS = {
     "absolute_joints": ("joint", "gripper"),
     "end_effector_deltas": ("translation", "rotation", "gripper"),
 }
+FRAME_SLACK = 0.02  # of a frame, by which a rounded history_seconds may be off
 _STEP = ["translation"] * 3 + ["rotation"] * 3
 
 
@@ -97,7 +98,9 @@ class Embodiment(Strict):
     horizon: int = Field(14, ge=1, le=64, description="H, actions in a chunk (ViPRA section 5.1: 14)")
     rate_hz: float = Field(gt=0, le=100, description="rate of the demonstrations")
     history_seconds: float = Field(
-        gt=0, le=2, description="how long o_{t-1} lies before o_t, by capture stamp"
+        gt=0,
+        le=2,
+        description="how long o_{t-1} lies before o_t, by capture stamp: whole frames of the demonstrations",
     )
     camera: str | None = Field(
         None, description="view that the policy sees, by its name in datasets; null: their first"
@@ -105,6 +108,17 @@ class Embodiment(Strict):
     crop: Crop | None = Field(
         None, description="part of the front camera's picture that the policy sees; null: all of it"
     )
+
+    @model_validator(mode="after")
+    def _history(self):
+        frames = self.history_seconds * self.rate_hz
+        whole = max(round(frames), 1)
+        if abs(frames - whole) > FRAME_SLACK:
+            raise ValueError(
+                f"history_seconds {self.history_seconds:g} is {frames:.2f} frames at rate_hz "
+                f"{self.rate_hz:g}, and demonstrations have whole ones: {whole / self.rate_hz:.7g} is {whole}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _vector(self):

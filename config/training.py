@@ -227,8 +227,8 @@ class FinetuneRecipe(Recipe):
     def _consistent(self):
         if abs(sum(self.history_lags) - 1) > 1e-6:
             raise ValueError(f"history_lags {self.history_lags} must sum to 1")
-        if self.augmentation and len(self.history_lags) > 2:
-            raise ValueError("history_lags beyond one step need augmentation: null (frames are encoded once)")
+        if self.augmentation and self.history_lags != (0.0, 1.0):
+            raise ValueError("history_lags need augmentation: null (frames are encoded once)")
         if self.augmentation and self.future_weight:
             raise ValueError("future_weight needs augmentation: null (frames are encoded once)")
         if self.head == "ar" and (self.representation, self.samples) != ("absolute", 1):

@@ -174,6 +174,8 @@ class Finetune(Stage):
             chunks, robot.names, kinds, states if relative else None, recipe.normalization, high - low,
             each_action=recipe.normalize_each_action,
         )  # fmt: skip
+        mean_state = states.mean(0) if relative else None
+        self.mean_chunk = self.normalizer.normalize(chunks.mean(0), mean_state)  # [H, D]
         if recipe.head == "ar":
             raw = np.concatenate([e.actions for e in train.episodes.values()])
             self.action_bins = discrete.fit(raw, robot.names, kinds, recipe.bins)
@@ -279,7 +281,7 @@ class Finetune(Stage):
             if not self.plays:
                 return {"loss": found["loss"].expand(count)}
             error = (self.sampled(batch, step) - batch["actions"]) * mask
-            baseline = batch["actions"] * mask  # the mean action is 0 in normalised units
+            baseline = (batch["actions"] - torch.from_numpy(self.mean_chunk).to(error.device)) * mask
             scale = torch.tensor(self.normalizer.scale, device=error.device)
             return {
                 "loss": found["loss"].expand(count),

@@ -40,22 +40,27 @@ class Seen:
 
 
 def read(dataset: DatasetConfig, size: int, share: float, every: int = 5, episodes: int = 400) -> Seen:
-    """Every `every`-th frame of the first episodes of a dataset with PLACES, as the policy is shown them.
+    """Every `every`-th frame of `episodes` episodes, evenly from all over a dataset with PLACES, as the
+    policy is shown them. Things that are in none of them are left out.
 
-    share: of the episodes held out, as the tokenizer's training held them out.
+    share: of the episodes held out, as the tokenizer's training held them out. Raises TrainingError.
     """
     data, reader = Dataset(Path(dataset.path).expanduser()), open_dataset(dataset)
     out = held_out([reader.key(i) for i in range(len(reader))], share)
-    count = min(len(reader), episodes)
     frames, places, test = [], [], []
-    for index in range(count):
+    for index in np.unique(np.linspace(0, len(reader) - 1, episodes).round().astype(int)):
         episode = reader.episode(index)
         at = np.arange(index % every, episode.length, every)
         frames.append(prepare(episode.frames(pick_view(episode, dataset.views), at), size))
         places.append(np.asarray(data.values(index, PLACES), np.float32)[at].reshape(len(at), -1, 3))
         test.append(np.full(len(at), out[index]))
-    names = tuple(name.removesuffix("_x") for name in data.names(PLACES)[::3])
-    return Seen(np.concatenate(frames), np.concatenate(places), names, np.concatenate(test))
+    truth = np.concatenate(places)
+    there = (truth[..., 2] > ABSENT + 0.5).any(0)
+    if not there.any():
+        raise TrainingError(f"{dataset.path}: {PLACES} says of nothing where it is")
+    names = [name.removesuffix("_x") for name in data.names(PLACES)[::3]]
+    seen = tuple(name for name, shown in zip(names, there, strict=True) if shown)
+    return Seen(np.concatenate(frames), truth[:, there], seen, np.concatenate(test))
 
 
 class Probe(nn.Module):

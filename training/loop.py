@@ -168,6 +168,11 @@ def train(
         step, path = existing[-1]
         progress = distributed.load(path, stage.module, optimizer, average)
         start, skipped = progress["step"], progress.get("skipped", [])
+        if start > recipe.steps:
+            raise TrainingError(
+                f"{run.folder} is already at step {start}, {recipe.steps} are asked for: choose another "
+                f"--run, or steps={start} or more"
+            )
         run.say(f"continuing from {path}")
 
     def save(step: int) -> list[Skipped]:

@@ -15,6 +15,7 @@ crops, at the camera's resolution or smaller. Torch-free: MuJoCo's renderer and 
 
 import argparse
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from config.loading import ConfigError, load
 from config.robot import Robot
 from config.task import Task
 from episodes import demonstration, layout
+from episodes.layout import EpisodesError
 from episodes.parallel import in_order
 from episodes.writer import Writer
 from policy_server.images import cut, fit
@@ -44,6 +46,7 @@ from training.run import TrainingError
 from training.seen import ABSENT, NAMES, PLACES
 
 CRF = 18  # of H.264: little noise, since the policy's camera sends raw pictures
+TRIALS = "trials.txt"
 SHARD = 25  # episodes of a file of states
 START_SPREAD_RAD = 0.04  # of the first configuration about home; its turn of the elbow stays, unseen
 DISTURBED = 0.5  # of the trials
@@ -68,6 +71,12 @@ class Played:
     state: np.ndarray  # [T, D] measured, embodiment's order
     action: np.ndarray  # [T, D] the reference at the same moment
     hands: np.ndarray  # [T, arms, 3] tool centre points, m
+
+    @property
+    def key(self) -> str:
+        """Names it among the trials and corrections of a folder."""
+        state = hashlib.sha256(self.qpos[0].tobytes()).hexdigest()[:8]
+        return f"{self.task} {self.seed} {state}"
 
 
 class Disturbance:
@@ -176,11 +185,12 @@ def moments(path: Path, each: int) -> list[Moment]:
 def correct_trials(folder: Path, task: str, embodiment: str, each: int, paths: list[Path]) -> Path:
     """The expert takes over at moments of the trials at `paths`: one file of states, whole or not at all."""
     out = folder / f"{task}-corrections-{paths[0].stem.rpartition('-')[2].zfill(7)}.npz"
-    if out.is_file():
+    chosen = [moment for path in paths for moment in moments(path, each)]
+    if holds(out, [moment.seed for moment in chosen]):
         return out
     what, names = load(Task, task), load(Embodiment, embodiment).names
     demonstrator, played = None, []
-    for number, moment in enumerate(m for path in paths for m in moments(path, each)):
+    for number, moment in enumerate(chosen):
         trial = make_trial(what, moment.seed, template=None)
         demonstrator = demonstrator or Demonstrator(trial, load(Embodiment, embodiment).rate_hz)
         played.append(correct(moment, trial, demonstrator, names, number))
@@ -238,10 +248,8 @@ def shard_path(folder: Path, task: str, first: int) -> Path:
 
 
 def play_shard(folder: Path, task: str, robot: str, embodiment: str, seeds: range) -> Path:
-    """Play trials `seeds` into one file, whole or not at all; a finished one stays."""
+    """Play trials `seeds` into one file, whole or not at all."""
     path = shard_path(folder, task, seeds.start)
-    if path.is_file():
-        return path
     what, names = load(Task, task), load(Embodiment, embodiment).names
     homes = {name: np.array(arm.home_rad) for name, arm in load(Robot, robot).arms.items()}
     demonstrator, played = None, []
@@ -292,11 +300,19 @@ def read_states(folder: Path) -> Iterator[Played]:
             yield Played(task, int(seed), bool(success), *(columns[key][first:end] for key in _COLUMNS))
 
 
+def holds(path: Path, seeds: list[int]) -> bool:
+    """Whether the file of states at `path` has these trials, all of them."""
+    if not path.is_file():
+        return False
+    with np.load(path, allow_pickle=False) as data:
+        return data["seeds"].tolist() == seeds
+
+
 def play_all(folder: Path, task: str, robot: str, embodiment: str, seeds: range, workers: int) -> None:
-    """Files of states of `seeds` in shards; what is there stays."""
+    """Files of states of `seeds` in shards; a file that has its trials stays."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = [range(s, min(s + SHARD, seeds.stop)) for s in range(seeds.start, seeds.stop, SHARD)]
-    shards = [shard for shard in shards if not shard_path(folder, task, shard.start).is_file()]
+    shards = [s for s in shards if not holds(shard_path(folder, task, s.start), list(s))]
     job = functools.partial(play_shard, folder, task, robot, embodiment)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for _ in track(pool.map(job, shards), f"playing {task}", total=len(shards)):
@@ -369,12 +385,16 @@ def film(
     crf: int = CRF,
     workers: int = 2,
 ) -> int:
-    """A LeRobotDataset of the trials in `states`; goes on where it was. Returns its episodes.
+    """A LeRobotDataset of the trials in `states`, and in it TRIALS, one line an episode; goes on where it
+    was, also when trials were added. Returns its episodes.
 
     actions: successes only, with state and action. size: px, square; None: the camera's resolution.
-    Raises EpisodesError for another robot's dataset at `out`.
+    Raises EpisodesError for another robot's dataset at `out`, TrainingError where there are no states or it
+    cannot be told what was filmed.
     """
-    every = [p for p in read_states(states) if p.success or not actions][:episodes]
+    every = [p for p in read_states(states) if p.success or not actions]
+    if not every and not any(states.glob("*-*.npz")):
+        raise TrainingError(f"{states} holds no trials: play some first (training.scripted play --out)")
     camera = robot.camera
     whole = np.empty((camera.height, camera.width, 0), bool)
     height, width = (size, size) if size else cut(whole, embodiment.crop).shape[:2]
@@ -389,9 +409,12 @@ def film(
     else:
         writer = Writer.create(out, rate, features, embodiment.name, video_file_mb=8, crf=crf)
     render.live_meshes(cache)  # made once, before the workers look for them
-    todo = every[writer.episodes :]
     context = multiprocessing.get_context("spawn")
     with writer, ProcessPoolExecutor(workers, context, _open_film, (robot, embodiment, size, cache)) as pool:
+        filmed = _filmed(out, writer.episodes)
+        todo = [p for p in every if p.key not in filmed]
+        if episodes is not None:
+            todo = todo[: max(episodes - len(filmed), 0)]
         drawn = in_order(pool, _draw, todo, 2 * workers)
         for played, task, frames, places in track(drawn, "drawing", total=len(todo)):
             for i, frame in enumerate(frames):
@@ -401,8 +424,21 @@ def film(
                     row[demonstration.CAPTURE] = np.array([i / embodiment.rate_hz])
                     row[demonstration.SYNC] = np.zeros(1, np.float32)
                 writer.add(row, task)
+            with (out / TRIALS).open("a") as file:  # first: a line too many is seen by the count
+                file.write(f"{played.key}\n")
             writer.save()
         return writer.episodes
+
+
+def _filmed(out: Path, episodes: int) -> list[str]:
+    """Keys of the trials that the dataset at `out` shows, episode by episode."""
+    path = out / TRIALS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if len(lines) < episodes:
+        raise TrainingError(f"{path} tells of {len(lines)} of {episodes} episodes: film to another folder")
+    if len(lines) > episodes:  # killed before the last was saved
+        path.write_text("".join(f"{line}\n" for line in lines[:episodes]))
+    return lines[:episodes]
 
 
 def main() -> None:
@@ -429,21 +465,25 @@ def main() -> None:
     other.add_argument("--crf", type=int, default=CRF, help="H.264 quality, lower is better")
     other.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "vipra_ros", help="meshes")
     given = parser.parse_args()
+    try:
+        _run(given)
+    except (TrainingError, ConfigError, EpisodesError) as error:
+        parser.error(str(error))
+
+
+def _run(given: argparse.Namespace) -> None:
+    robot, embodiment = load(Robot, given.robot), load(Embodiment, given.embodiment)
     if given.what == "play":
+        load(Task, given.task)
         seeds = range(given.first_seed, given.first_seed + given.episodes)
         play_all(given.out, given.task, given.robot, given.embodiment, seeds, given.workers)
-        return
-    if given.what == "correct":
-        try:
-            correct_all(given.evaluation, given.out, given.embodiment, given.each, given.workers)
-        except (TrainingError, ConfigError) as error:
-            parser.error(str(error))
-        return
-    robot, embodiment = load(Robot, given.robot), load(Embodiment, given.embodiment)
-    film(
-        given.states, given.out, robot, embodiment, given.cache, given.actions, given.episodes, given.size,
-        given.crf, given.workers,
-    )  # fmt: skip
+    elif given.what == "correct":
+        correct_all(given.evaluation, given.out, given.embodiment, given.each, given.workers)
+    else:
+        film(
+            given.states, given.out, robot, embodiment, given.cache, given.actions, given.episodes,
+            given.size, given.crf, given.workers,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

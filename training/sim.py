@@ -25,7 +25,9 @@ from pathlib import Path
 
 import yaml
 
+from config.loading import ConfigError
 from config.training import VALIDATION_SHARE
+from episodes.layout import EpisodesError
 from training.run import TrainingError
 
 # First seeds of trials of the seen split: none that policies are evaluated on (below 100,000).
@@ -43,6 +45,7 @@ STRIDES = (2, 4)  # of stage 1, frames at 15 Hz
 LABEL_STRIDE = 2  # 14 steps are 1.9 s
 PROBE_STEPS = {"cpu": 3000, "cuda": 4000}  # with 400 not even the pixels' probe finds the cups
 WHOLE = {"left": 0.0, "top": 0.0, "width": 1.0, "height": 1.0}  # pictures were cut when they were drawn
+TRAINED = ("tokenizer", "latent", "pretrain", "finetune")  # stages with a recipe
 VARIANTS = ("policy", "scratch", "attention")  # runs of stage 3 on all demonstrations
 UNFINISHED = 75  # exit status, EX_TEMPFAIL
 PATIENCE_S = 120.0  # for a stopped step to save
@@ -226,6 +229,8 @@ def gate(plan: Plan) -> None:
     """Measure what the tokens hold, once a tokenizer. Raises TrainingError where it is too little."""
     path = plan.out / "gate.json"
     if not path.is_file():
+        if not done(plan.out / "tokenizer"):
+            raise TrainingError(f"{plan.out / 'tokenizer'} is missing: run --only tokenizer first")
         import torch
 
         from config.dataset import DatasetConfig
@@ -394,7 +399,8 @@ def _trials(plan: Plan, policy: Path, seeds: str, out: Path, *how: object) -> No
     out.mkdir(parents=True, exist_ok=True)
     served = out / "served.yaml"
     threads = max((os.cpu_count() or 1) // 2, 1)  # the other half simulates
-    served.write_text(yaml.safe_dump({"checkpoint": str(policy), "threads": threads, "noise_scale": NOISE}))
+    how_served = {"checkpoint": str(policy), "dtype": "float32", "threads": threads, "noise_scale": NOISE}
+    served.write_text(yaml.safe_dump(how_served))
     what = ["--policy", served, "--robot", plan.scale.robot, "--seeds", seeds, "--out", out]
     plan.run("vipra_ros.cli", "evaluate", plan.scale.task, *what, *how)
 
@@ -476,6 +482,9 @@ def main() -> int:
             f"--corrections {scale.corrections}: fewer than the {scale.demonstrations} demonstrations: a "
             "draft learns from the others"
         )
+    for text in given.set:
+        if text.partition(".")[0] not in TRAINED or "=" not in text:
+            parser.error(f"--set {text}: STAGE.KEY=VALUE is wanted, with a stage of {', '.join(TRAINED)}")
     out = given.out or Path("runs", f"train-{scale.recipes.replace('_', '-')}")
     plan = Plan(
         out.resolve(), scale, given.size, given.workers, given.minutes, tuple(given.set), given.ignore_gate
@@ -489,7 +498,7 @@ def main() -> int:
     except OutOfTime as reason:
         print(f"{reason}: run again to go on", file=sys.stderr)
         return UNFINISHED
-    except TrainingError as error:
+    except (TrainingError, ConfigError, EpisodesError) as error:
         print(f"vipra_sim: {error}", file=sys.stderr)
         return 1
     return 0

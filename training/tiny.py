@@ -198,6 +198,9 @@ def main() -> None:
         "--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="e.g. finetune.steps=50"
     )
     args = parser.parse_args()
+    for text in args.set:
+        if text.partition(".")[0] not in NAMES or "=" not in text:
+            parser.error(f"--set {text}: STAGE.KEY=VALUE is wanted, with a stage of {', '.join(NAMES)}")
     out, demos = args.out, args.out / "demonstrations"
     videos = args.video if args.video is not None else [BRIDGE] * BRIDGE.is_dir()
 

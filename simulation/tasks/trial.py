@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config.loading import load
+from config.loading import ConfigError, load
 from config.task import Region, Task
 from config.workcell import Prop, Workcell
 
@@ -29,7 +29,7 @@ class Trial:
 def make_trial(task: Task, seed: int, split: str = "seen", template: int | None = 0) -> Trial:
     """The set-up of `seed`; `template` picks the instruction's wording, None draws one (for demonstrations).
 
-    Raises ValueError for an unknown split or a region too small for the objects.
+    Raises ValueError for an unknown split, ConfigError for a region too small for the objects.
     """
     if split not in ("seen", "unseen"):
         raise ValueError(f"split {split!r} is not seen or unseen")
@@ -95,7 +95,10 @@ def _places(random: np.random.Generator, task: Task, regions: list[Region]) -> n
         distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
         if n == 1 or distance[apart].min() >= task.clearance_m:
             return xy
-    raise ValueError(f"{task.name}: {n} objects {task.clearance_m} m apart do not fit their regions")
+    raise ConfigError(
+        f"{task.name}: {n} objects clearance_m {task.clearance_m} apart do not fit their regions: lower it, "
+        "or enlarge `region`"
+    )
 
 
 def placing(trial: Trial) -> list[str]:

@@ -226,7 +226,13 @@ def test_one_real_episode_is_learned_exactly_and_the_checkpoint_acts_so(ranks, f
     stage = Finetune(plan, ROBOT, "name: bridge\n")
     stage.fit(corpus, corpus)
     loop.train(stage, plan, run, ranks, stage.samples())
-    assert run.last()["validation/action_mse"] < 1e-3 < 0.5 < run.last()["validation/mean_action_mse"]
+    last = run.last()
+    assert last["validation/action_mse"] < 1e-3 < 0.5 < last["validation/mean_action_mse"]
+    (episode,) = corpus.episodes.values()
+    cut = [chunk(episode.actions, t, 14) for t in range(len(episode.actions))]
+    chunks, masks = np.array([c for c, _ in cut]), np.array([m for _, m in cut])
+    off = (chunks - chunks.mean(0)) / stage.normalizer.scale  # of every frame; validation picks ten of them
+    assert last["validation/mean_action_mse"] == pytest.approx((off[masks] ** 2).mean(), rel=0.2)
     assert (tmp_path / "run" / "images" / "open_loop-000540.png").is_file()
     stage.export(tmp_path / "out", run, ranks)
     run.close()
@@ -471,6 +477,8 @@ def test_recipes_that_ship_are_valid_and_mistakes_are_named():
         load_recipe("finetune_tiny", ["optimizer.momentum=0.9"])
     with pytest.raises(ConfigError, match="global_batch 24 is not a multiple of micro_batch 7"):
         load_recipe("finetune_tiny", ["micro_batch=7"])
+    with pytest.raises(ConfigError, match="history_lags need augmentation: null"):
+        load_recipe("finetune_sim", ["history_lags=[0.15,0.85]"])
     assert load_recipe("finetune_tiny", ["optimizer.learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
 
 

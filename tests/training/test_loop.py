@@ -172,6 +172,13 @@ def test_another_configuration_is_refused_in_the_same_folder(tmp_path):
         toy.run(tmp_path, 2, toy.Toy(), global_batch=16)
 
 
+def test_later_weights_are_not_exported_as_those_of_fewer_steps(tmp_path):
+    toy.run(tmp_path, 4, toy.Toy())
+    assert toy.run(tmp_path, 4, toy.Toy())[0], "the same again is finished"
+    with pytest.raises(TrainingError, match=r"already at step 4, 2 are asked for: .* or steps=4 or more"):
+        toy.run(tmp_path, 2, toy.Toy())
+
+
 def test_a_start_that_failed_can_be_corrected_in_the_same_folder(tmp_path):
     for batch in (8, 16):
         Run(tmp_path, toy.recipe(2, global_batch=batch)).close()

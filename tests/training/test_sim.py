@@ -11,15 +11,19 @@ import pytest
 import torch
 import yaml
 
+from config.dataset import DatasetConfig
 from config.embodiment import Embodiment
 from config.loading import load, root
 from config.robot import Robot
 from config.task import Task
+from episodes import demonstration, layout
+from episodes.writer import Writer
 from simulation.lockstep import Lockstep
 from simulation.tasks.trial import make_trial
 from training import gate, sim_summary
 from training.run import TrainingError
 from training.scripted import moments, read_states
+from training.seen import ABSENT, NAMES, PLACES
 from training.sim import (
     FULL,
     SMALL,
@@ -39,6 +43,7 @@ from training.sim import (
 # MuJoCo's renderer and torch do not share a process.
 SCRIPT = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import simulation.render as render
 from training.scripted import Demonstrator, film, make_trial, play, read_states, shard_path, write_shard
@@ -77,6 +82,14 @@ assert np.abs(part.paint(played.qpos[5].astype(float)) - seen).max() <= 1, "the 
 assert np.abs(frames[1] - seen).mean() < 4, "and encoded"
 places = data.values(0, PLACES).reshape(-1, 5, 3)[0]
 assert (places[1:, 2] == ABSENT).sum() == 1 and np.abs(places[0] - played.hands[0, 0]).max() < 1e-4
+again = film(out / "states", out / "videos", robot, body, Path.home() / ".cache" / "vipra_ros", workers=1)
+assert again == 1 and len((out / "videos" / "trials.txt").read_text().splitlines()) == 1, "filmed once"
+other = replace(played, task="stack_cups", qpos=played.qpos[:6] + 1e-3)  # a file that comes before it
+cut_short = {key: getattr(other, key)[:6] for key in ("state", "action", "hands")}
+write_shard(shard_path(out / "states", "stack_cups", 100001), [replace(other, seed=100001, **cut_short)])
+for _ in range(2):
+    again = film(out / "states", out / "videos", robot, body, Path.home() / ".cache" / "vipra_ros", workers=1)
+    assert again == 2 and [row.length for row in Dataset(out / "videos").rows] == [len(played.qpos), 6]
 none = film(
     out / "states", out / "acts", robot, body, Path.home() / ".cache" / "vipra_ros", actions=True, workers=1
 )
@@ -136,6 +149,25 @@ def dots(count: int) -> gate.Seen:
     places = np.full((count, 2, 3), gate.ABSENT, np.float32)
     places[:, 0] = np.concatenate([at / 100, np.zeros((count, 1))], 1)
     return gate.Seen(frames, places, ("dot", "ghost"), np.arange(count) % 5 == 0)
+
+
+def test_the_gate_looks_all_over_a_dataset_and_judges_what_is_there(tmp_path):
+    """Two tasks, one after the other: the first shows no blue cup, neither shows a yellow one."""
+    features = demonstration.features(("x",), 32, 32)
+    features = {demonstration.CAMERA: features[demonstration.CAMERA]}
+    features[PLACES] = layout.vector([f"{name}_{axis}" for name in NAMES for axis in "xyz"])
+    with Writer.create(tmp_path, 15, features, "test") as writer:
+        for episode in range(12):
+            places = np.full((len(NAMES), 3), ABSENT, np.float32)
+            shown = ("hand", "red") if episode < 6 else ("hand", "red", "blue")
+            places[[NAMES.index(name) for name in shown]] = 0.1 * episode
+            for _ in range(5):
+                picture = np.full((32, 32, 3), 20 * episode, np.uint8)
+                writer.add({demonstration.CAMERA: picture, PLACES: places.ravel()}, "look")
+            writer.save()
+    seen = gate.read(DatasetConfig(path=str(tmp_path)), 32, 0.3, every=1, episodes=4)
+    assert seen.names == ("hand", "red", "blue") and seen.places.shape == (20, 3, 3)
+    np.testing.assert_allclose(seen.places[::5, 0, 0], [0.0, 0.4, 0.7, 1.1], atol=1e-6)
 
 
 def test_a_probe_finds_what_is_in_the_pictures_and_nothing_where_they_are_blind():
@@ -198,6 +230,37 @@ def test_a_draft_learns_without_the_corrections_of_it_and_the_policy_with_them(t
     assert yaml.safe_load(served.read_text())["checkpoint"] == f"{tmp_path}/draft"
     assert f"correct {tmp_path}/evaluation/draft --each 2" in corrected
     assert f"film {tmp_path}/states/corrections" in filmed and "--episodes 80" in filmed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        (
+            ["sim", "--only", "summary", "--set", "finetunes.steps=4"],
+            2,
+            "--set finetunes.steps=4: STAGE",
+        ),
+        (["sim", "--only", "summary", "--set", "finetune.steps"], 2, "--set finetune.steps: STAGE"),
+        (["tiny", "--set", "steps=4"], 2, "--set steps=4: STAGE.KEY=VALUE"),
+        (
+            ["sim", "--only", "finetune", "--ignore-gate", "--set", "finetune.stepz=5"],
+            1,
+            "stepz: unknown key",
+        ),
+        (["sim", "--only", "gate"], 1, "run --only tokenizer first"),
+        (["scripted", "play", "--task", "none", "--first-seed", "1", "--episodes", "1"], 2, "known tasks: "),
+        (["scripted", "film", "nowhere"], 2, "nowhere holds no trials"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments, status, problem, tmp_path):
+    (tmp_path / "gate.json").write_text(json.dumps(gate.report({"hand": 1.0}, {"hand": 1.0})[0]))
+    name, *rest = arguments
+    if "gate" in rest:
+        (tmp_path / "gate.json").unlink()
+    command = [sys.executable, "-m", f"training.{name}", *rest, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=root(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == status and problem in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / layout.INFO).exists()
 
 
 def test_the_best_on_development_seeds_is_chosen_and_what_was_chosen_is_compared(tmp_path, monkeypatch):
