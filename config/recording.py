@@ -9,8 +9,8 @@ from config.task import Task
 
 
 def names_task(text: str) -> bool:
-    """Whether `text` is a file in config/tasks or a path to one, and no instruction."""
-    if text.endswith((".yaml", ".yml")) or re.fullmatch(r"\w+_\w+", text):
+    """Whether `text` is a file in config/tasks or a path to one, there or not, and no instruction."""
+    if text.endswith((".yaml", ".yml")) or re.fullmatch(r"\S*[_/-]\S*", text):
         return True
     return text.isalnum() and (root() / "config" / "tasks" / f"{text}.yaml").is_file()
 
@@ -47,7 +47,7 @@ class Recording(Strict):
     @field_validator("task")
     @classmethod
     def _readable(cls, task: str) -> str:
-        if names_task(task):
+        if names_task(task := task.strip()):
             load(Task, task)
         return task
 

@@ -61,6 +61,7 @@ class Arguments(Strict):
     dataset: str | None = Field(
         None, description="also record demonstrations to this folder; empty: no recorder"
     )
+    first_seed: int | None = Field(None, description="the first episode's trial of a task file: 10000")
     target: int | None = Field(None, description="episodes the dataset shall have in the end")
     preset: Literal["3.5hz", "7hz", "22hz"] | None = Field(
         None,
@@ -82,7 +83,7 @@ class Arguments(Strict):
     )
 
 
-_TELEOP_ARGUMENTS = ("teleop", "with_camera", "dataset", "target")
+_TELEOP_ARGUMENTS = ("teleop", "with_camera", "dataset", "first_seed", "target")
 _ROBOT_ARGUMENTS = tuple(
     name
     for name in Arguments.model_fields
@@ -170,7 +171,7 @@ def arguments(kind: Kind, given: Mapping[str, Any]) -> Arguments:
         if key not in ARGUMENTS[kind]:
             raise ConfigError(f"{kind}: unknown argument {key!r}; known: {', '.join(ARGUMENTS[kind])}")
     data = {**DEFAULTS[kind], **data}
-    for key in ("replan_after", "seed", "target"):  # launch gives text
+    for key in ("replan_after", "seed", "first_seed", "target"):  # launch gives text
         if isinstance(data.get(key), str) and data[key].isdigit():
             data[key] = int(data[key])
     return parse(Arguments, data, f"{kind} argument")
@@ -235,7 +236,7 @@ def _recorder(
 ) -> Process:
     if said.with_camera == "no":
         raise ConfigError("dataset: recording needs the camera: leave with_camera out")
-    wanted = {"dataset": said.dataset, "task": said.task, "target": said.target}
+    wanted = {name: getattr(said, name) for name in ("dataset", "task", "first_seed", "target")}
     given = {key: value for key, value in wanted.items() if value is not None}
     from vipra_ros.recording import setups  # numpy: not for every verb
 

@@ -12,6 +12,7 @@ from config.loading import ConfigError, load
 from config.robot import PRESETS, Robot
 from config.robot import PolicyClient as PolicyConfig
 from config.task import Task
+from config.workcell import Workcell
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
 from vipra_ros.evaluation.ledger import (
@@ -136,6 +137,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"{name} has workcell {robot.workcell}{'' if robot.simulation else ', not simulated'}: "
             f"{task.name} needs a simulated robot in workcell {task.workcell}"
+        )
+    order = tuple(load(Embodiment, robot.embodiment).by_arm)
+    if tuple(load(Workcell, task.workcell).arms) != order:
+        raise EvaluationError(
+            f"workcell {task.workcell} and embodiment {robot.embodiment} list the arms in another order: the "
+            f"workcell's file shall list {', '.join(order)}"
         )
     settings = trial_settings(task, limit_s, robot.safety) | {
         "policy": given.policy,

@@ -41,9 +41,11 @@ def drive(
     ask: Callable[[], str],
     now: Callable[[], float],
 ) -> Session:
-    """Until every trial is scored and left, or the keys end. `keys` yields "" while none is pressed."""
+    """Until every trial is scored and left, or the keys end. `keys` yields "" while none is pressed; an Enter
+    that was waiting before the first prompt starts nothing.
+    """
     measured: dict[Key, dict[str, float | None]] = {}  # by `motion`
-    shown, fresh = None, True
+    shown, fresh = None, False
     try:
         for key in keys:
             fresh = fresh or not key
@@ -62,6 +64,8 @@ def drive(
                     session = operator.faulted(session, reason, now())
             # Pressed before the operator could know of the trouble, or that a start was refused.
             stale = (trouble and trouble[0] == "void") or (key in operator.ENTER and (trouble or not fresh))
+            if stale and key in operator.ENTER and session.phase is Phase.SET_UP:
+                tell("that Enter came before this was shown: once more, when everyone has stepped back")
             if key == operator.SPACE or (key and not stale):
                 if session.hint:
                     tell(session.hint)
@@ -260,27 +264,29 @@ def run(
     trials = {key: make_trial(task, key.seed, key.split) for key in wanted}
 
     with signals_raise(), locked(out), Monitor() as monitor:
-        wait_for(
-            lambda: monitor.status("policy"), 10.0, "the policy node's status: is the robot up (vipra up)?"
-        )
-        evaluated = wait_for(
-            lambda: (now := played(monitor.status("policy")))["model"] and now,
-            10.0,
-            "the policy node's connection to a policy server: is one served (vipra serve)?",
-        )
-        played_by = {"policy": policy, "trials": "by an operator", "robot": robot}
         safety = load(Robot, robot).safety
-        settings = trial_settings(task, limit_s, safety) | played_by | evaluated
-        ledger = Ledger(out, settings)
-        done = frozenset(result.key for result in ledger.results())
-        session = Session.resume(tuple(wanted), limit_s, done)
-        rig = GraphRig(monitor, arms, load(Safety, safety).gripper, tell, evaluated)
+        rig = GraphRig(monitor, arms, load(Safety, safety).gripper, tell)
 
         def stop_arms() -> None:
             tell("stopping the arms")
             halt(rig, tell)
 
         with Listener(keys, stop_arms) as heard:
+            wait_for(
+                lambda: monitor.status("policy"),
+                10.0,
+                "the policy node's status: is the robot up (vipra up)?",
+            )
+            rig.evaluated = wait_for(
+                lambda: (now := played(monitor.status("policy")))["model"] and now,
+                10.0,
+                "the policy node's connection to a policy server: is one served (vipra serve)?",
+            )
+            played_by = {"policy": policy, "trials": "by an operator", "robot": robot}
+            settings = trial_settings(task, limit_s, safety) | played_by | rig.evaluated
+            ledger = Ledger(out, settings)
+            done = frozenset(result.key for result in ledger.results())
+            session = Session.resume(tuple(wanted), limit_s, done)
             try:
                 session = drive(session, trials, ledger, rig, heard, tell, ask or heard.line, time.monotonic)
             except KeyboardInterrupt:

@@ -67,15 +67,15 @@ class GraphRig:
         arms: tuple[str, ...],
         hand: GripperLimits,
         tell: Callable[[str], None],
-        evaluated: dict,
+        evaluated: dict | None = None,
     ):
         from vipra_ros.monitor import CallFailed
 
         self.errors = (CallFailed, EvaluationError)
         self._monitor, self._arms, self._hand = monitor, arms, hand
-        self._tell, self._evaluated = tell, evaluated
+        self._tell, self.evaluated = tell, evaluated or {}
         self._lock = threading.Lock()  # the monitor's thread delivers pictures and joints
-        self._film: Video | None = None
+        self._recording, self._film = False, None  # a film may end before its trial
         self._filmed_s, self._picture = -np.inf, None
         self.newest_s = -np.inf  # capture stamp of the newest picture
         self._joints: dict[str, Track] = {arm: [] for arm in arms}
@@ -97,13 +97,13 @@ class GraphRig:
     def start(self, instruction: str, film: Path) -> None:
         self._monitor.set_task(instruction)
         now = played(self._monitor.status("policy"))
-        for name, value in self._evaluated.items():
+        for name, value in self.evaluated.items():
             if now[name] != value:
                 raise EvaluationError(
                     f"the policy has {name} {now[name]!r}, this evaluation's has {value!r}: serve that one"
                 )
         with self._lock:
-            self._picture, self._film = None, Video(film, SAMPLE_HZ)
+            self._picture, self._film, self._recording = None, Video(film, SAMPLE_HZ), True
             for arm in self._arms:
                 self._joints[arm].clear()
                 self._told[arm].clear()
@@ -176,7 +176,7 @@ class GraphRig:
 
     def discard(self) -> None:
         with self._lock:
-            film, self._film = self._film, None
+            film, self._film, self._recording = self._film, None, False
         if film is not None:
             film.close()
 
@@ -184,11 +184,13 @@ class GraphRig:
         stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
         self.newest_s = stamp_s
         with self._lock:
-            if self._film is None or stamp_s - self._filmed_s < 0.9 / SAMPLE_HZ:
+            if not self._recording or stamp_s - self._filmed_s < 0.9 / SAMPLE_HZ:
                 return
             self._filmed_s = stamp_s
             rgb = np.frombuffer(message.data, np.uint8)
             self._picture = rgb.reshape(message.height, message.width, 3)
+            if self._film is None:
+                return
             try:
                 self._film.add(self._picture, stamp_s)
             except (av.FFmpegError, OSError) as error:  # here is the thread that hears the arms
@@ -198,7 +200,7 @@ class GraphRig:
     def _on_joints(self, track: Track, message) -> None:
         stamp_s = message.header.stamp.sec + 1e-9 * message.header.stamp.nanosec
         with self._lock:
-            if self._film is not None:
+            if self._recording:
                 track.append((stamp_s, np.array(message.position)))
 
 

@@ -180,8 +180,9 @@ class RecorderNode(Node):
         try:
             changed = [p for p in parameters if p.name in ("task", "target")]
             config = revise(self._config, "", changed)
+            asked = setups.read(config, self._robot)
             if config.task != self._config.task:
-                self._session.change_task(setups.read(config, self._robot))
+                self._session.change_task(asked)
         except (ConfigError, Refused) as error:
             return SetParametersResult(successful=False, reason=str(error))
         self._config, self._session.target = config, config.target

@@ -34,6 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("dataset", nargs="?", type=Path, metavar="FOLDER", help="dataset to write")
     parser.add_argument("--task", default="", help="what is demonstrated: words, or a file in config/tasks")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=10_000,
+        help="the first episode's trial of a task file (default: %(default)s); another folder of the same "
+        "task needs another one",
+    )
     parser.add_argument("--target", type=int, default=200, help="episodes wanted (default: %(default)s)")
     parser.add_argument(
         "--robot", default="sim_bimanual", help="file in config/robots (default: %(default)s)"
@@ -62,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                         "robot": said.robot,
                         "dataset": str(said.dataset),
                         "task": said.task,
+                        "first_seed": said.first_seed,
                         "target": said.target,
                         "keep_clean": said.keep_clean,
                         "raw": said.raw,
@@ -124,6 +132,9 @@ def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
                 continue
             asked = verb(key, values["state"])
             if asked == "quit":
+                if quitting and not children and values["state"] != "IDLE":  # the recorder stays
+                    with contextlib.suppress(CallFailed):
+                        say(monitor.call("/recorder/discard", 5.0))
                 if quitting or values["state"] == "IDLE":
                     show("")
                     return 0
@@ -161,7 +172,7 @@ def interrupts() -> Iterator[list[int]]:
 
 def set_up(values: Mapping[str, str]) -> str:
     """What the operator lays out before the next episode."""
-    first = f"set up number {int(values['count']) + 1}: {values['task']}"
+    first = f"set up for episode {int(values['count']) + 1}: {values['task']}"
     return "\n".join([first, *(f"  {line}" for line in values["set_up"].splitlines())])
 
 

@@ -81,7 +81,7 @@ class Replayer:
         from vipra_ros.clock import make_clock
 
         self._embodiment = embodiment
-        self._arms = {arm: list(joint_names(arm, robot.arms[arm].gripper)) for arm in robot.arms}
+        self._arms = {arm: list(joint_names(arm, robot.arms[arm].gripper)) for arm in embodiment.by_arm}
         self._clock = make_clock(robot)
         self._lease, self._leased_at = "", 0.0
         self._status: ArmsStatus | None = None

@@ -26,11 +26,11 @@ Setups = Callable[[int], Setup]  # of the episode with this number in the datase
 def read(config: Recording, robot: Robot) -> Setups:
     """Episode n of a task file is trial `first_seed` + n of its seen split, as in `vipra dataset generate`.
 
-    Raises ConfigError for a task file that cannot be read or is for other arms, and in simulation, where
-    nobody lays out its objects.
+    Raises ConfigError for a task file that cannot be read, is for other arms or has trials up to
+    `target` whose objects do not fit, and in simulation, where nobody lays out its objects.
     """
     if not names_task(config.task):
-        said = Setup(config.task.strip())
+        said = Setup(config.task)
         return lambda number: said
     task = load(Task, config.task)
     needed = load(Workcell, task.workcell).arms
@@ -50,4 +50,6 @@ def read(config: Recording, robot: Robot) -> Setups:
         trial = make_trial(task, config.first_seed + number, template=None)
         return Setup(trial.instruction, (task.protocol.set_up, *placing(trial), task.protocol.reset))
 
+    for number in range(config.target):  # not in the middle of a sitting
+        setup(number)
     return setup

@@ -1,13 +1,13 @@
 """`vipra gello calibrate`: find a GELLO's offsets, check its signs and its trigger, write them down."""
 
-import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from config.loading import parse
+from config.loading import ConfigError, load, parse
 from config.teleop import Dynamixel, Teleop
 from vipra_ros.teleop.dynamixel import LeaderError, Servos, median_counts
 from vipra_ros.teleop.servos import CalibrationError, offsets_in_pose, sign_of_turn, trigger_range
@@ -89,11 +89,22 @@ def calibrate(
     return parse(Dynamixel, values, "calibration")
 
 
+def held(path: Path) -> dict:
+    """What the teleop file `path` holds; nothing where there is none. Raises ConfigError unless it can be
+    read and written.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: choose another --out")
+    if not path.exists() or not path.read_text().strip():
+        return {}
+    load(Teleop, str(path))
+    return yaml.safe_load(path.read_text())
+
+
 def write(path: Path, arm: str, found: Dynamixel) -> None:
     """Put the leader of `arm` into the teleop file `path`, beside what is there. Raises ConfigError."""
-    data = {"source": "dynamixel", "leaders": {}}
-    with contextlib.suppress(FileNotFoundError):
-        data |= yaml.safe_load(path.read_text()) or {}
+    data = {"source": "dynamixel", "leaders": {}} | held(path)
     section = {k: list(v) if isinstance(v, tuple) else v for k, v in found.model_dump().items()}
     data["source"], data["leaders"] = "dynamixel", {**data["leaders"], arm: {"dynamixel": section}}
     others = {

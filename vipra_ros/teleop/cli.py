@@ -33,19 +33,26 @@ def calibrate(
     check_signs: Annotated[bool, typer.Option(help="turn every joint once to check its direction")] = True,
 ):
     """Find a GELLO's offsets in a known pose, check its directions and its trigger."""
-    from vipra_ros.teleop.calibrate import as_yaml, write
+    from vipra_ros.teleop.calibrate import as_yaml, held, write
     from vipra_ros.teleop.calibrate import calibrate as run
     from vipra_ros.teleop.dynamixel import Servos
 
     numbers, expected = _numbers("--ids", ids, (7, 8)), _numbers("--signs", signs, (7,))
     if set(expected) - {-1, 1}:
         raise ConfigError(f"--signs {signs}: each is 1 or -1")
+    if out is not None:
+        held(out)  # before the work, not after it
     with Servos(port, baud, numbers) as servos:
         found = run(servos, baud, expected, check_signs, input, print)
+    text = as_yaml({"leaders": {arm: {"dynamixel": found.model_dump(mode="json")}}})
     if out is None:
-        print(as_yaml({"leaders": {arm: {"dynamixel": found.model_dump(mode="json")}}}))
+        print(text)
     else:
-        write(out, arm, found)
+        try:
+            write(out, arm, found)
+        except (ConfigError, OSError):
+            print(text)
+            raise
         print(f"{out}: {arm} written; look at it with: vipra gello read --teleop {out} --arm {arm}")
 
 

@@ -12,7 +12,7 @@ from std_srvs.srv import Trigger
 from tests.vipra_ros.graph import Graph, write_robot
 from vipra_ros.evaluation.rig import played
 from vipra_ros.monitor import Status
-from vipra_ros.nodes.evaluation import KEYS, PARAMETERS, EvaluationNode
+from vipra_ros.nodes.evaluation import KEYS, EvaluationNode, Parameters
 from vipra_ros.nodes.policy import PolicyNode
 from vipra_ros.process import free_port, wait_for
 
@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[3]
 
 def test_services_are_keys_in_the_order_they_were_called():
     with Graph() as graph:
-        overrides = [Parameter("seeds", value="3:5")]
+        overrides = [Parameter("seeds", value="3:5"), Parameter("time_limit_s", value=30)]
         node = EvaluationNode(context=graph.context, parameter_overrides=overrides)
         graph.spin(node)
-        assert node.given == PARAMETERS | {"seeds": "3:5"}
+        assert node.given == Parameters(seeds="3:5", time_limit_s=30.0)
         assert node.note() == ""
         node.set_parameters([Parameter("note", value="slipped")])
         assert node.note() == "slipped"
@@ -58,4 +58,5 @@ def test_the_policy_node_tells_how_it_plays(tmp_path):
 
 def test_the_launch_file_offers_every_parameter():
     loaded = runpy.run_path(str(ROOT / "launch" / "evaluate.launch.py"))
-    assert loaded["ARGUMENTS"].keys() == PARAMETERS.keys() and callable(loaded["generate_launch_description"])
+    assert loaded["ARGUMENTS"].keys() == Parameters.model_fields.keys() - {"note"}
+    assert callable(loaded["generate_launch_description"])

@@ -159,11 +159,12 @@ class FakeRig:
         self.calls.append("discard")
 
 
-def driven(folder, keys, rig, trials=TRIALS, note="slipped", clock=None):
+def driven(folder, keys, rig, trials=TRIALS, note="slipped", clock=None, looked=True):
     task = load(Task, "stack_cups")
     ledger, said, clock = Ledger(folder, SETTINGS), [], clock or itertools.count()
     made = {key: make_trial(task, key.seed, key.split) for key in trials}
     session = Session.resume(trials, 30.0, frozenset(r.key for r in ledger.results()))
+    keys = itertools.chain([""] if looked else [], keys)
     session = drive(session, made, ledger, rig, keys, said.append, lambda: note, lambda: next(clock) / 10)
     return session, ledger, "\n".join(said)
 
@@ -179,6 +180,15 @@ def test_a_session_writes_one_result_a_trial_and_can_be_left_and_resumed(tmp_pat
     session, ledger, _ = driven(tmp_path, [*"u\nsk\npkq"], FakeRig())
     assert session.phase is Phase.DONE  # u reopened trial 1; Enter does nothing until it is scored
     assert [(r.success, r.partial) for r in ledger.results()] == [(True, True), (True, True), (False, True)]
+
+
+def test_an_enter_from_before_the_first_prompt_starts_nothing(tmp_path):
+    """Pressed while the robot was waited for, where nothing seemed to happen."""
+    rig = FakeRig()
+    session, _, said = driven(tmp_path, ["\n", "\n", "", "q"], rig, looked=False)
+    assert session.phase is Phase.SET_UP and not rig.calls and said.count("came before this was shown") == 2
+    driven(tmp_path, ["\n", "", "\n", "q"], rig, looked=False)
+    assert rig.calls[0][0] == "start"
 
 
 def test_a_trial_lasts_from_when_the_policy_moved(tmp_path):

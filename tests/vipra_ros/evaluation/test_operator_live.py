@@ -33,6 +33,10 @@ def test_two_trials_are_played_scored_and_reported_and_one_without_a_server_is_v
         return until(lambda: len(scene.arms.chunks) >= before + chunks)
 
     def keys():
+        yield "\n"  # while the robot is waited for: starts nothing
+        yield from until(lambda: "trial 1 of 2" in " ".join(said))
+        time.sleep(0.5)
+        assert not scene.arms.chunks
         yield from ("", "\n")
         yield from moved(6)
         yield from ("s", "n", "k")

@@ -86,8 +86,15 @@ def test_a_film_that_cannot_be_written_ends_alone(tmp_path, monkeypatch):
     picture = SimpleNamespace(header=SimpleNamespace(stamp=stamp), data=bytes(12), height=2, width=2)
     monitor.show(picture)
     monitor.show(picture)
-    assert len(said) == 1 and "No space left" in said[0] and rig.newest_s == 1.0
-    rig.discard()
+    stamp.sec = 2
+    monitor.show(picture)
+    assert len(said) == 1 and "No space left" in said[0] and rig.newest_s == 2.0
+    told = SimpleNamespace(header=SimpleNamespace(stamp=stamp), position=[0.0] * 8)
+    monitor.joints["left", "joint_states"](told)
+    (measured,), _ = rig.finish(tmp_path / "a.jpg")
+    assert len(measured) == 1 and (tmp_path / "a.jpg").stat().st_size, "the whole trial is measured"
+    monitor.joints["left", "joint_states"](told)
+    assert len(rig.finish(tmp_path / "a.jpg")[0][0]) == 1, "and nothing after it"
 
 
 @pytest.fixture

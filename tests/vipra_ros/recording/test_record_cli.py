@@ -18,7 +18,7 @@ class Recorder:
     """A monitor that knows one recorder; at each look at its status the next thing of `script` happens."""
 
     def __init__(self, state: str, *script):
-        self.state, self.looks, self._script = state, 0, iter(script)
+        self.state, self.looks, self.calls, self._script = state, 0, [], iter(script)
 
     def status(self, node):
         self.looks += 1
@@ -40,6 +40,10 @@ class Recorder:
             }
         )
 
+    def call(self, service, timeout_s):
+        self.calls.append(service)
+        return "discarded"
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_the_first_interrupt_asks_and_the_second_ends(number, monkeypatch, capsys):
@@ -47,7 +51,11 @@ def test_the_first_interrupt_asks_and_the_second_ends(number, monkeypatch, capsy
     before = signal.getsignal(number)
     recorder = Recorder("PENDING", None, number, None, None, number)
     assert cli.run(recorder) == 0
-    assert recorder.looks == 5
+    assert recorder.looks == 5 and recorder.calls == ["/recorder/discard"], (
+        "its recorder stays and would go on"
+    )
+    recorder = Recorder("PENDING", number, None, number)
+    assert cli.run(recorder, [SimpleNamespace(check=lambda: None)]) == 0 and not recorder.calls
     assert "an episode is pending: keep it first, or press q again to drop it" in capsys.readouterr().out
     assert signal.getsignal(number) == before
     recorder = Recorder("IDLE", None, number)
@@ -56,10 +64,6 @@ def test_the_first_interrupt_asks_and_the_second_ends(number, monkeypatch, capsy
 
 class Called(Recorder):
     """Notes the services that are called; an asked-for episode is flagged the first time."""
-
-    def __init__(self, state, *script):
-        super().__init__(state, *script)
-        self.calls = []
 
     def call(self, service, timeout_s):
         self.calls.append(service)
@@ -76,7 +80,7 @@ def test_a_key_that_is_held_down_confirms_nothing(key, held, monkeypatch, capsys
     monkeypatch.setattr(cli, "read_key", lambda timeout_s: next(keys))
     recorder = Called("PENDING")
     assert cli.run(recorder, now=lambda: next(clock)) == 0
-    assert recorder.calls == (held * 2 if key == "k" else [])
+    assert recorder.calls == [*held * 2, "/recorder/discard"]
     assert ("flagged" in capsys.readouterr().out) == (key == "k")
 
 
@@ -104,7 +108,7 @@ def test_options_that_a_running_recorder_would_not_hear_are_refused(options, cap
     assert f"{options[0]} is for a recorder started here: name a FOLDER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["stack_cup", "mine.yaml"])
+@pytest.mark.parametrize("task", ["stack_cup", "mine.yaml", "stack-cups", "tasks/mugs", " stack_cup "])
 def test_a_task_file_that_is_not_there_is_no_instruction(task):
     with pytest.raises(ConfigError, match=r"recorder: task: .*(known tasks: .*stack_cups|no such file)"):
         parse(Recording, {"task": task}, "recorder")
@@ -127,5 +131,5 @@ def test_what_to_lay_out_is_said_before_every_attempt(monkeypatch, capsys):
 
     recorder.status = status
     assert cli.run(recorder) == 0
-    said = "set up number 4: stack the red cup on the blue cup\n  Two cups.\n  red cup: x 50 cm\n"
+    said = "set up for episode 4: stack the red cup on the blue cup\n  Two cups.\n  red cup: x 50 cm\n"
     assert capsys.readouterr().out.count(said) == 2

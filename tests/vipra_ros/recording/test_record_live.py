@@ -155,7 +155,7 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
         third = Terminal(graph, str(tmp_path / "bowls"), "--task", "place_in_bowl", *robot_in, cwd=tmp_path)
         trial = make_trial(load(Task, "place_in_bowl"), 10_000, template=None)
         third.wait("ready")
-        third.wait(f"set up number 1: {trial.instruction}")
+        third.wait(f"set up for episode 1: {trial.instruction}")
         third.wait(*placing(trial))
         third.key(" ", "another recorder runs in this graph")
         third.key("q", "")

@@ -65,6 +65,17 @@ def test_every_action_is_commanded_and_judged(rig, arms):
     np.testing.assert_array_equal([commanded[i] for i in range(41)], HOME[0] + PATH)
 
 
+def test_each_arm_plays_its_own_actions_in_whatever_order_the_robots_file_has_them(rig, arms):
+    graph, _, robot = rig
+    turned = robot.model_copy(update={"arms": dict(reversed(robot.arms.items()))})
+    assert tuple(turned.arms) == ARMS[::-1]
+    moved = []
+    play((graph, arms, turned))
+    for _, chunk in arms.chunks:
+        moved += [np.ptp(chunk.joints[:, 7 * arm : 7 * arm + 7], axis=0).max() for arm in (0, 1)]
+    assert max(moved[::2]) == 0.0 and max(moved[1::2]) > 0.01, "ACTIONS move the right arm alone"
+
+
 @pytest.mark.parametrize(
     ("trouble", "text"),
     [

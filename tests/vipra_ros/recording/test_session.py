@@ -9,11 +9,12 @@ import threading
 
 import numpy as np
 import pytest
+import yaml
 
 from config.loading import ConfigError, load
 from config.recording import Quality, Recording
 from config.robot import Robot
-from config.task import Task
+from config.task import Region, Task
 from episodes import demonstration
 from episodes.layout import EpisodesError
 from episodes.reader import Dataset
@@ -242,6 +243,17 @@ def test_a_task_for_other_arms_or_in_simulation_is_refused():
     ):
         with pytest.raises(ConfigError, match=problem):
             setups.read(Recording(task="stack_cups"), load(Robot, robot))
+
+
+def test_trials_whose_objects_do_not_fit_are_refused_before_the_first_one(tmp_path):
+    task = load(Task, "stack_cups")
+    region = Region(min_xy=(0.4, -0.12), max_xy=(0.5, 0.12))
+    tight = task.model_copy(update={"seen": task.seen.model_copy(update={"region": region})})
+    make_trial(tight, 10_000)  # the first one fits
+    path = tmp_path / "tight.yaml"
+    path.write_text(yaml.safe_dump(tight.model_dump(mode="json")))
+    with pytest.raises(ConfigError, match="do not fit their regions: lower it, or enlarge `region`"):
+        setups.read(Recording(task=str(path), target=60), FRANKA)
 
 
 def test_nothing_starts_without_task_streams_or_room(rig):

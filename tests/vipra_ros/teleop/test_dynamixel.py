@@ -302,6 +302,18 @@ def test_the_verbs_write_a_file_that_reads_the_same_gello(bus, tmp_path, monkeyp
     assert "-1.371" in line and "trigger 0.50" in line and "lost" in line
 
 
+@pytest.mark.parametrize(
+    "text", ["leaders: {", "leaders:\n", "source: dynamixel\nleaders: {left: }\n", "[1]\n"]
+)
+def test_a_file_that_cannot_be_added_to_is_refused_before_the_first_pose(text, bus, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked for a pose"))
+    out = tmp_path / "mine.yaml"
+    out.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        cli.main(["calibrate", "--out", str(out), "--port", str(bus.path), "--arm", "left"])
+    assert out.read_text() == text
+
+
 def test_wrong_options_and_files_are_refused_with_the_fix(tmp_path):
     with pytest.raises(ConfigError, match="7 or 8 numbers"):
         cli.main(["calibrate", "--port", "none", "--arm", "left", "--ids", "1,2"])
