@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from config.loading import load
-from config.robot import Robot
+from config.robot import Robot, safety_of
 from config.safety import Safety
 from config.workcell import Workcell
 from simulation.check import extremes, violations
@@ -108,7 +108,7 @@ def _steps(t: np.ndarray) -> np.ndarray:
 
 def run(seconds: float, folder: Path) -> dict:
     robot, slot = load(Robot, "sim_bimanual"), reserve_slot()
-    safety, scene = load(Safety, robot.safety), load(Workcell, robot.workcell)
+    safety, scene = safety_of(robot), load(Workcell, robot.workcell)
     hosts = {arm: slot.host(i + 1) for i, arm in enumerate(robot.arms)}
     name = f"{slot.name}_motion"
     argv = [sys.executable, "-m", "simulation.server", "--name", name, "--die-with-parent"]

@@ -4,7 +4,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from config.loading import Joints, Strict
+from config.loading import ConfigError, Joints, Strict, load
+from config.safety import Safety
 
 
 class Arm(Strict):
@@ -141,3 +142,15 @@ class Robot(Strict):
         if self.camera.source == "sim" and not simulated:
             raise ValueError("camera source 'sim' needs a simulation section")
         return self
+
+
+def safety_of(robot: Robot) -> Safety:
+    """The limits `robot` names. Raises ConfigError where they are of another arm than one of its own."""
+    safety = load(Safety, robot.safety)
+    for name, arm in robot.arms.items():
+        if arm.model != safety.model:
+            raise ConfigError(
+                f"arm {name} is a {arm.model}, safety {robot.safety} is for {safety.model}: correct "
+                "`model` of the arm or `safety` of the robot"
+            )
+    return safety

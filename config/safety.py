@@ -203,6 +203,7 @@ class Safety(Strict):
 
     KIND: ClassVar[str] = "safety"
 
+    model: str = Field(min_length=1, description="of the arms these limits are for, as in the robot file")
     joints: JointRange
     stop: Stop = Stop()
     join: Join = Join()

@@ -19,8 +19,7 @@ from pydantic import Field
 from config.embodiment import Embodiment
 from config.loading import ConfigError, Strict, load, parse
 from config.recording import Recording
-from config.robot import PRESETS, Robot
-from config.safety import Safety
+from config.robot import PRESETS, Robot, safety_of
 from config.teleop import Teleop
 from config.workcell import Workcell
 from vipra_ros.process import Child, stop_all, wait_for
@@ -222,7 +221,7 @@ def describe(kind: Kind, given: Mapping[str, Any], overrides: Mapping[str, Any] 
 def check_files(robot: Robot, name: str) -> None:
     """Raises ConfigError unless the files that `robot` names can be read and belong together."""
     load(Embodiment, robot.embodiment)
-    load(Safety, robot.safety)
+    safety_of(robot)
     workcell = load(Workcell, robot.workcell)
     if set(workcell.arms) != set(robot.arms):
         raise ConfigError(
@@ -262,7 +261,7 @@ def _changes(kind: Kind, said: Arguments, overrides: Mapping[str, Any]) -> dict[
         target: getattr(said, name) for name, target in _FIELDS.items() if getattr(said, name) is not None
     }
     if said.robot_ip:
-        (arm,) = load(Robot, said.robot).arms if kind == "single" else ("right",)
+        arm = next(iter(load(Robot, said.robot).arms))  # of one; robots with two are refused
         changes[f"arms.{arm}.hostname"] = said.robot_ip
     if said.seed is not None and load(Robot, said.robot).simulation:
         changes["simulation.seed"] = said.seed

@@ -261,7 +261,8 @@ class Commander:
             text = f"arms {self.arms.state}: {self.arms.reason}; /arms/recover, then ~/start"
             return Problem(text, fatal=True)
         if self.arms.state == "HOMING":
-            return Problem("the arms are homing")
+            text = "the arms are homing"
+            return Problem(f"{text}: ~/start goes on from there", True) if self.chunk else Problem(text)
         return None
 
     def _task_problem(self) -> Problem | None:
@@ -436,7 +437,8 @@ class Commander:
             there, at = _position(self.chunk, chunk.t0), chunk.t0
         off = float(np.abs(_position(chunk, at) - there).max())
         safety = self._gate.safety
-        slowly = self.arms.state == "ALIGNING" or (self.arms.state == "HOLDING" and self.chunk.end <= now)
+        resting = self.arms.state in ("HOLDING", "IDLE") and self.chunk.end <= now
+        slowly = self.arms.state == "ALIGNING" or resting
         limit = JOIN_SHARE * (safety.start.refuse_error_rad if slowly else safety.join.fault_error_rad)
         if off > limit:
             where = "the arms" if slowly else "the running motion"

@@ -12,8 +12,7 @@ import numpy as np
 
 from config.embodiment import Embodiment
 from config.loading import load
-from config.robot import PRESETS
-from config.safety import Safety
+from config.robot import PRESETS, safety_of
 from simulation.check import Limits, violations
 from simulation.control import SimulationControl, SimulationError
 from simulation.state import SharedState, StateError
@@ -230,7 +229,7 @@ def _report(
     log = whole.between(session.started_s, session.ended_s)
     requests = read_requests(folder / "policy.jsonl")
     with np.load(folder / "simulator.npz", allow_pickle=False) as record:
-        beyond = violations(record, Limits.of(load(Safety, graph.robot.safety)))
+        beyond = violations(record, Limits.of(safety_of(graph.robot)))
     report = summary.summarise(
         log,
         requests,

@@ -62,6 +62,9 @@ class KinematicHand:
     def lost(self) -> bool:
         return False
 
+    def forget(self) -> None:
+        pass
+
     def stop(self, timeout_s: float = 1.0) -> bool:
         return True
 

@@ -103,6 +103,11 @@ def test_discovery_stays_on_this_machine_unless_opened():
         ("bimanual", {"policy": "vipra_7b", "server": "tcp://10.0.0.9:5555"}, "leave `policy` empty"),
         ("single", {"robot": "elsewhere.yaml"}, "no such file"),
         (
+            "single",
+            {"robot": "franka_bimanual", "robot_ip": "10.0.0.1"},
+            "has 2 arm(s): use vipra up bimanual",
+        ),
+        (
             "teleop",
             {"dataset": "cups", "task": "stack_cups"},
             "stack_cups is for arms right, the robot has left",
@@ -119,6 +124,7 @@ def test_wrong_arguments_are_refused_with_the_fix(kind, given, message):
     ("line", "message"),
     [
         ("workcell: single", "arms left, right, its workcell single right: name another in `workcell`"),
+        ("safety: panda", "arm left is a fr3, safety panda is for panda: correct `model` of the arm"),
         ("safety: fr4", "config/safety/fr4.yaml does not exist; known safety: "),
         ("embodiment: nothing", "config/embodiments/nothing.yaml does not exist"),
     ],

@@ -64,7 +64,8 @@ class ScriptedClient:
 class Robot:
     """Commander, arms that accept everything, and a camera whose pictures are noise, each another."""
 
-    def __init__(self, client_of, config: PolicyConfig):
+    def __init__(self, client_of, config: PolicyConfig, rest: str = "HOLDING"):
+        self.rest = rest
         self.clock = SimpleNamespace(t=100.0)
         self.clock.now = lambda: self.clock.t
         self.client = client_of(self.clock)
@@ -103,7 +104,7 @@ class Robot:
         for arm, part in (("left", HOME[:8]), ("right", HOME[8:])):
             commander.on_joints(arm, now, part)
         accepted = self.sent[-1][1] if self.sent else -1
-        state = "RUNNING" if self.ends and now < self.ends[-1] + REST_S else "HOLDING"
+        state = "RUNNING" if self.ends and now < self.ends[-1] + REST_S else self.rest
         commander.on_arms(ArmsStatus(state, "", commander.lease or "", now, accepted, ""))
         commander.tick()
         if commander.wants_lease:
@@ -118,9 +119,12 @@ class Robot:
         return self
 
 
-def simulated(seconds, latency_s=0.08, stray=lambda number: False, metadata=(), **policy) -> Robot:
+def simulated(
+    seconds, latency_s=0.08, stray=lambda number: False, metadata=(), rest="HOLDING", **policy
+) -> Robot:
     config = PolicyConfig(task="stack", **policy)
-    return Robot(lambda clock: ScriptedClient(clock, latency_s, stray, **dict(metadata)), config).run(seconds)
+    made = Robot(lambda clock: ScriptedClient(clock, latency_s, stray, **dict(metadata)), config, rest)
+    return made.run(seconds)
 
 
 def test_every_request_of_a_run_carries_the_same_noise():
@@ -146,6 +150,21 @@ def test_a_policy_that_lost_its_way_goes_on_from_rest():
     assert outcomes[:6] == [(n, "sent") for n in range(4)] + [(4, "refused"), (5, "refused")]
     first = next(line for line in robot.lines if line["seq"] >= 4 and line["outcome"] == "sent")
     assert first["t0"] > robot.ends[3] + REST_S - 0.02, "at rest"
+    assert robot.commander.counts.chunks > 6
+
+
+def test_arms_that_were_brought_home_in_a_run_wait_for_a_person():
+    robot = simulated(2.0)
+    now, lease = robot.clock.t, robot.commander.lease
+    robot.commander.on_arms(ArmsStatus("HOMING", "", lease, now, robot.sent[-1][1], ""))
+    robot.commander.tick()
+    assert robot.commander.state is State.STOPPED
+    assert "the arms are homing: ~/start goes on from there" in robot.commander.reason
+
+
+def test_arms_at_rest_are_aligned_to_whatever_they_call_their_rest():
+    """0.2 rad off is too far for arms that move; IDLE, after home say, is as much rest as HOLDING."""
+    robot = simulated(6.0, latency_s=0.25, stray=lambda number: number >= 4, rest="IDLE")
     assert robot.commander.counts.chunks > 6
 
 

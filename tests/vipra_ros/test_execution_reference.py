@@ -42,6 +42,15 @@ def play(reference, start, end):
     return ticks, [reference.sample(t) for t in ticks]
 
 
+def command(reference, seq, start, end, path):
+    """The same, under a commander that sends chunks of `path` three times a second, from `seq` on."""
+    samples = []
+    for k, t in enumerate(np.arange(start, end - 1e-9, 0.3)):
+        reference.add(chunk(seq + k, t, path=path), t)
+        samples += play(reference, t, min(t + 0.3, end))[1]
+    return samples
+
+
 def derivatives(samples):
     """Largest |acceleration| and |jerk| as differences of what the arms are told."""
     dq = np.array([s.dq for s in samples])
@@ -210,11 +219,27 @@ def test_first_motion_is_slow_until_the_error_is_small():
 
 def test_alignment_catches_a_chunk_that_moves():
     reference = Reference(SAFETY, LIMITS, HOME, 0.0)
-    reference.add(chunk(1, 0.0, path=lambda t: move(t) + 0.2), 0.0)
-    _, samples = play(reference, 0.0, 3.0)
-    assert samples[0].aligning and not samples[-1].aligning and samples[-1].done
+    samples = command(reference, 1, 0.0, 3.0, lambda t: move(t / 4) + 0.2)
+    assert samples[0].aligning and not samples[-1].aligning
+    np.testing.assert_allclose(samples[-1].q, move(2.995 / 4) + 0.2, atol=0.01)
     acceleration, jerk = derivatives(samples)
     assert acceleration <= 6 and jerk <= 2500
+
+
+def test_alignment_ends_with_its_chunk_when_no_other_comes():
+    """However far the chunk goes: it has 0.64 s, and 0.2 rad/s are stopped within 0.1 s."""
+    reference = Reference(SAFETY, LIMITS, HOME, 0.0)
+    made = chunk(1, 0.0, path=lambda t: HOME + 0.1 + 2.0 * np.asarray(t)[..., None])
+    assert reference.add(made, 0.0).aligning
+    ticks, samples = play(reference, 0.0, 2.0)
+    for t, s in zip(ticks, samples, strict=True):
+        assert s.aligning == (t < made.end) and s.starved == (t >= made.end)
+        assert not s.dq.any() or t < made.end + 0.1
+    assert samples[-1].done and samples[-1].starved
+    assert np.abs(samples[-1].q - HOME).max() < 0.2 * (made.end + 0.1)
+    acceleration, jerk = derivatives(samples)
+    assert acceleration <= 6 and jerk <= 2500
+    assert reference.add(chunk(2, 2.0, path=still(HOME + 0.3)), 2.0).aligning, "the next one goes on"
 
 
 def test_a_close_first_chunk_needs_no_alignment():
@@ -266,8 +291,8 @@ def test_arms_that_ran_out_of_actions_align_to_a_chunk_too_far_to_join():
     rest = third[-1].q
     assert reference.add(chunk(4, 2.5, path=still(rest + 0.2)), 2.5).aligning
     _, fourth = play(reference, 2.5, 2.8)
-    assert reference.add(chunk(5, 2.8, path=still(rest + 0.25)), 2.8).aligning, "the next one, on the way"
-    _, fifth = play(reference, 2.8, 5.0)
+    fifth = command(reference, 5, 2.8, 5.0, still(rest + 0.25))  # the next ones, on the way
+    assert fifth[0].aligning
     aligning = [s for s in fourth + fifth if s.aligning]
     assert 0.15 < max(np.abs(s.dq).max() for s in aligning) <= 0.2 + 1e-9
     np.testing.assert_allclose(fifth[-1].q, rest + 0.25, atol=1e-6)
@@ -283,8 +308,8 @@ def test_another_commander_starts_slowly_and_with_its_own_numbers_while_the_arms
     reference.start_over()
     _, second = play(reference, 0.6, 0.62)
     target = second[-1].q + 0.2
-    assert reference.add(chunk(1, 0.62, path=still(target)), 0.62).aligning
-    _, third = play(reference, 0.62, 3.0)
+    third = command(reference, 1, 0.62, 3.0, still(target))
+    assert third[0].aligning
     acceleration, jerk = derivatives(first + second + third)
     assert acceleration <= 5.1 and jerk <= 2500, "no jump in velocity"
     aligning = [s for s in third if s.aligning]

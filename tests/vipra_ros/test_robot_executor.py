@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from config.loading import load
+from config.loading import ConfigError, load
 from config.robot import Control
 from config.safety import Safety
 from tests.vipra_ros.stepped import TICK_S, KinematicArm, KinematicHand, Stepped
@@ -80,6 +80,62 @@ def test_home_is_refused_until_the_arms_rest(bench):
     assert bench.executor.state is State.IDLE and np.abs(bench.arm.q - HOME).max() < 1e-3
     steps = np.abs(np.diff(bench.sent, axis=0)).max() / TICK_S
     assert steps < SAFETY.joints.acceleration_rad_s2[0], "rad/s2 of what was sent"
+
+
+def test_arms_stop_aligning_with_the_last_chunk_of_a_commander_that_falls_silent(bench):
+    bench.lead()
+    far = bench.arm.q + 0.25 + np.arange(1, 16)[:, None] * 0.1  # and going on
+    tag = Tag.parse(f"{bench.lease}:0")
+    bench.executor.submit(tag, Chunk(0, bench.t + 1 / RATE, RATE, far - 0.1, np.ones((15, 1))))
+    bench.tick(0.9)
+    assert bench.executor.state is State.ALIGNING and bench.arm.dq.any()
+    bench.tick(0.3)
+    assert (bench.executor.state, bench.executor.code) == (State.HOLDING, "starved")
+    assert not bench.arm.dq.any()
+
+
+def test_a_lease_ends_with_its_time_and_what_its_holder_sends_later_moves_nothing(bench):
+    bench.lead()
+    bench.submit(0.0)
+    bench.tick(1.2)
+    assert bench.executor.lease.holder
+    bench.tick(5.1)
+    assert not bench.executor.lease.holder
+    bench.submit(0.1)
+    bench.tick(0.5)
+    assert "does not hold the arms" in bench.executor.rejected and not bench.arm.dq.any()
+
+
+def test_home_that_was_granted_does_not_begin_for_arms_that_have_a_commander_by_then(bench):
+    bench.executor.home()
+    bench.lead()
+    bench.tick(0.5)
+    assert bench.executor.state is State.IDLE and not bench.arm.dq.any()
+
+
+def test_a_home_that_commands_may_not_reach_is_refused():
+    home = HOME.copy()
+    home[5] = SAFETY.joints.position_min_rad[5] + 0.02
+    with pytest.raises(
+        ConfigError, match=r"right: home_rad of joint 6 is 0\.565 rad, commands stay within 0\.644 to"
+    ):
+        Stepped({"right": KinematicArm(HOME)}, {}, {"right": home}, None, Control(), SAFETY, None)
+
+
+def test_what_a_hand_was_told_and_has_not_begun_ends_with_its_commander(bench):
+    forgotten = []
+    bench.hand.forget = lambda: forgotten.append(bench.executor.state)
+    bench.lead()
+    bench.submit(0.0, opening=0.0)
+    bench.tick(0.4)
+    assert not forgotten
+    bench.submit(None)
+    bench.tick()
+    assert forgotten == [State.RUNNING]
+    bench.tick(0.5)
+    bench.executor.stop()
+    bench.tick()
+    assert len(forgotten) == 2
 
 
 def test_home_that_was_granted_does_not_begin_while_a_person_pushes_the_arm(bench):

@@ -68,6 +68,24 @@ def test_the_newest_wish_wins_and_wishing_never_blocks(worker):
     assert worker.fault == ""
 
 
+def test_what_a_hand_missed_too_long_ago_or_what_was_dropped_does_not_move_it(simulator):
+    """Told while it is not connected: then forgotten, or older than a command may take."""
+    for drop in (True, False):
+        worker = GripperWorker(
+            "left", simulator.hosts["left"], GripperLimits(timeout_s=60.0 if drop else 0.2)
+        )
+        worker.wish("close")
+        if drop:
+            worker.forget()
+        else:
+            time.sleep(0.3)
+        worker.start()
+        wait_for(lambda worker=worker: not worker.fault, 10.0, "connection")
+        time.sleep(0.3)
+        assert worker.moving is None and worker.grasped is None and worker.lost() is not drop
+        worker.stop()
+
+
 def test_closing_on_nothing_is_not_a_grasp(worker):
     worker.wish("close")
     wait_for(lambda: worker.opening < 0.05 and worker.moving is None, 10.0, "closed")

@@ -151,6 +151,26 @@ def test_moving_apart_is_allowed_where_moving_closer_is_not(geometry):
     )
 
 
+def test_what_is_too_close_already_lets_nothing_else_come_close(geometry):
+    """The left fingers are in the table, as after hand-guiding: the right ones may not follow them there."""
+    deep = next(
+        a
+        for a in np.arange(-0.785, 1.0, 0.002)
+        if geometry.distances(with_joints(left2=a))["table"][0] < -0.01
+    )
+    near = next(
+        a
+        for a in np.arange(-0.785, 1.0, 0.002)
+        if geometry.distances(with_joints(right2=a))["table"][0] < 0.003
+    )
+    now = with_joints(left2=deep, right2=near)
+    code, text = geometry.problem(TASK, with_joints(left2=deep, right2=near + 0.006), STILL, now)
+    assert code == "table" and "right" in text
+    assert geometry.problem(TASK, with_joints(left2=deep - 0.01, right2=near), STILL, now) is None, (
+        "leads out"
+    )
+
+
 def test_a_fast_tool_and_a_stretched_arm_are_problems(geometry):
     fast = STILL.copy()
     fast[1], fast[3] = 2.3, -2.3

@@ -15,8 +15,7 @@ import numpy as np
 from config.embodiment import Embodiment
 from config.loading import load
 from config.robot import PolicyClient as PolicyConfig
-from config.robot import Robot
-from config.safety import Safety
+from config.robot import Robot, safety_of
 from policy_server import protocol
 from policy_server.client import PolicyClient, ServerUnavailable
 from simulation.demonstrate import Demonstrator
@@ -170,7 +169,7 @@ class Film:
             tcp=tcp,  # [T, A, 3] m
         )
         joints = state[..., :7].reshape(len(times), -1)
-        hand = load(Safety, self._stage.robot.safety).gripper
+        hand = safety_of(self._stage.robot).gripper
         return measure(joints, commanded[..., 7], self._rate_hz, hand)
 
     def abandon(self) -> None:
@@ -304,7 +303,7 @@ class _Arms:
     """The arms node's part, over arms and hands of the lockstep world."""
 
     def __init__(self, world: Lockstep, robot: Robot, trial: Trial):
-        self.safety = load(Safety, robot.safety)
+        self.safety = safety_of(robot)
         self.commander: Commander | None = None
         self.holds = Holds()
         self._world, self._robot = world, robot
@@ -415,6 +414,9 @@ class _Hand:
 
     def lost(self) -> bool:
         return False
+
+    def forget(self) -> None:
+        pass
 
     @property
     def opening(self) -> float:

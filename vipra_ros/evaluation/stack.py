@@ -19,8 +19,7 @@ import numpy as np
 
 from config.embodiment import Embodiment
 from config.loading import load
-from config.robot import Robot
-from config.safety import Safety
+from config.robot import Robot, safety_of
 from config.task import Task
 from simulation.control import SimulationControl, SimulationError
 from simulation.lockstep import judge_for
@@ -91,7 +90,7 @@ class Cell:
         self.control = enter(contextlib.closing(SimulationControl(self.robot.simulation.name)))
         self.holds = Holds()
         self.monitor.watch_status("arms", self._see)
-        hand = load(Safety, self.robot.safety).gripper
+        hand = safety_of(self.robot).gripper
         self.rig = GraphRig(self.monitor, tuple(self.robot.arms), hand, self._tell, self._evaluated)
         return self.clock.now()
 

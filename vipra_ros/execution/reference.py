@@ -160,6 +160,10 @@ class Reference:
                 self._join(_Piece(at, target.curve, target.chunk), self._evaluate(at))
                 while len(self._pieces) > 1 and self._pieces[1].start <= t:
                     del self._pieces[0]
+            elif t >= self._target.chunk.end:  # its commander has fallen silent
+                chunk = self._target.chunk
+                self.stop(t, state=state)
+                self._pieces[0].chunk = chunk
         piece = self._pieces[0]
         chunk = piece.chunk
         if chunk and chunk.index(t) >= 0:
@@ -229,7 +233,9 @@ class Reference:
         return self._plan(t, state, request)
 
     def _align(self, target: "_Piece", now: float) -> float:
-        """Head for where the chunk ends, under the start limits; `sample` joins once it is within reach."""
+        """Head for where the chunk ends, under the start limits; `sample` joins once it is within reach, and
+        stops when the chunk is over before that.
+        """
         start = self._safety.start
         request = InputParameter(self._limits.size)
         request.target_position = target.curve.tail.rest.q

@@ -31,8 +31,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
-from config.robot import Robot
-from config.safety import Safety
+from config.robot import Robot, safety_of
 from config.workcell import Workcell
 from simulation.state import StateError
 from vipra_ros.clock import make_clock
@@ -91,7 +90,7 @@ class ArmsNode(Node):
         self._interrupted = interrupted
         robot = declare_robot(self, ["arms", "control", "simulation"])
         self._run_dir = declare_run_dir(self)
-        safety = load(Safety, robot.safety)
+        safety = safety_of(robot)
         self._names = arm_order(robot, load(Embodiment, robot.embodiment))
         self._arms_config = robot.arms
         self._executor_clock = make_clock(robot)

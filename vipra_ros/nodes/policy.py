@@ -27,7 +27,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
-from config.safety import Safety
+from config.robot import safety_of
 from config.workcell import Workcell
 from policy_server.keys import KeyFileError
 from simulation.state import StateError
@@ -72,7 +72,7 @@ class PolicyNode(Node):
         self._config = revise(robot.policy, "", given)
         self.add_on_set_parameters_callback(self._on_parameters)
 
-        embodiment, safety = load(Embodiment, robot.embodiment), load(Safety, robot.safety)
+        embodiment, safety = load(Embodiment, robot.embodiment), safety_of(robot)
         self._embodiment = embodiment
         rows = dimensions_by_arm(embodiment, tuple(robot.arms))
         arms = tuple(rows)

@@ -27,7 +27,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from config.loading import ConfigError, load
-from config.safety import Safety
+from config.robot import safety_of
 from config.teleop import Teleop
 from simulation.state import StateError
 from vipra_ros.clock import make_clock
@@ -79,7 +79,7 @@ class TeleopNode(Node):
         self._names = {arm: joint_names(arm, robot.arms[arm].gripper) for arm in self._arms}
         self._clock = make_clock(robot)
         self._resources.callback(self._clock.close)
-        safety = load(Safety, robot.safety)
+        safety = safety_of(robot)
         limits = JointLimits.of(safety, len(self._arms))
         hands = tuple(robot.arms[arm].gripper for arm in self._arms)
         half_open = 0.5 * (safety.gripper.close_below + safety.gripper.open_above)

@@ -87,6 +87,10 @@ class Hand(Protocol):
     def start(self) -> None: ...
 
     def lost(self) -> bool: ...
+
+    def forget(self) -> None:
+        """Drop what was wished for and has not begun."""
+
     def wish(self, wish: str) -> None:
         """open or close; the latest one counts."""
 

@@ -108,7 +108,7 @@ class ArmsExecutor:
     ):
         """`arms` in embodiment order; `homes` [n] rad by arm; no `workcell`: no geometry checks.
 
-        Raises ConfigError where `safety` is for arms with another number of joints.
+        Raises ConfigError where `safety` is for arms with another number of joints, or a home is beyond it.
         """
         self.names = tuple(arms)
         self._clock, self._control, self._config = clock, control, safety
@@ -131,6 +131,14 @@ class ArmsExecutor:
             for i, (name, arm) in enumerate(arms.items())
         ]
         self._home = np.concatenate([homes[name] for name in arms])
+        beyond = (self._home < self._limits.soft_min) | (self._home > self._limits.soft_max)
+        if beyond.any():
+            k = int(beyond.argmax())
+            low, high = self._limits.soft_min[k], self._limits.soft_max[k]
+            raise ConfigError(
+                f"{self.names[k // each]}: home_rad of joint {k % each + 1} is {self._home[k]:.3f} rad, "
+                f"commands stay within {low:.3f} to {high:.3f}"
+            )
         self._q, self._dq = np.zeros(joints), np.zeros(joints)  # measured
         self._reference: Reference | None = None
         self._gate: Supervisor | None = None  # its `state` is what was last sent
@@ -303,6 +311,7 @@ class ArmsExecutor:
             now = self._clock.now()
             side.moved_at, side.moved_wall = now, time.monotonic()
         self._openings = [None] * len(self._sides)  # hands may have been opened by other means since
+        self._forget_hands()
         for side in self._sides:
             if side.hysteresis is not None:
                 side.hysteresis.reset()
@@ -559,6 +568,10 @@ class ArmsExecutor:
             self._reseed_at(q, now)
             reseeded, self._reseed = self._reseed, None
             reseeded.set()
+        with self._lease_lock:
+            if self.lease.holder and not self.lease.held(now):
+                self.lease.release()
+                self.changes += 1
         if self._open_request:
             self._open_request = False
             if self.state in (State.IDLE, State.HOLDING) and not self.lease.held(now):
@@ -592,6 +605,7 @@ class ArmsExecutor:
                 self.lease.feed(tag.seq, max(now, chunk.end))
         if chunk is None:
             self._brake(now)
+            self._forget_hands()
             self._set(State.HOLDING, "let_go", "the commander let go")
             return
         self.accepted_seq = tag.seq
@@ -603,7 +617,7 @@ class ArmsExecutor:
         """Home along a minimum-jerk path, as a chunk of our own: the same reference, limits, dead-man and
         stop.
         """
-        if self.state not in (State.IDLE, State.HOLDING) or self._moving():
+        if self.state not in (State.IDLE, State.HOLDING) or self._moving() or self.lease.held(now):
             return  # since it was granted
         start = self._gate.state[0]
         distance = float(np.abs(self._home - start).max())
@@ -647,7 +661,10 @@ class ArmsExecutor:
 
     def _advance(self, now: float, sample: Sample) -> None:
         """State changes that follow from the reference."""
-        if (self.state is State.ALIGNING and not sample.aligning) or (
+        aligned = self.state is State.ALIGNING and not sample.aligning
+        if aligned and sample.starved:
+            self._set(State.HOLDING, "starved", "out of actions before the arms were there")
+        elif aligned or (
             self.state in (State.IDLE, State.HOLDING) and sample.seq >= 0 and not sample.starved
         ):
             self._set(State.RUNNING, "", "running")
@@ -655,8 +672,8 @@ class ArmsExecutor:
             self._set(State.HOLDING, "starved", "out of actions, waiting for the next chunk")
         elif self.state is State.HOLDING and self.code == "let_go" and sample.done:
             self._set(State.IDLE, "", "holding, nobody commands")
-        elif self.state is State.HOMING and sample.done:
-            self._reseed_at(sample.q, now)
+        elif self.state is State.HOMING and sample.done and not self._moving():
+            self._reseed_at(self._gate.state[0], now)
             self._set(State.IDLE, "", "at home, holding")
         elif self.state is State.STOPPING and sample.done and self._slow():
             self._set(State.STOPPED, self.code, self.reason)
@@ -720,8 +737,15 @@ class ArmsExecutor:
         since = max(self._sent_at, now - 2.0 / self._control.reference_rate_hz)
         self._reference.stop(min(since, now), state=self._gate.state)
 
+    def _forget_hands(self) -> None:
+        """What a hand was told and has not begun, it shall not begin."""
+        for side in self._sides:
+            if side.gripper is not None:
+                side.gripper.forget()
+
     def _drop_commands(self) -> None:
         self._inbox.clear()
+        self._forget_hands()
         with self._lease_lock:
             self.lease.release()
 

@@ -59,7 +59,7 @@ class GripperWorker:
     def __init__(self, name: str, hostname: str, limits: GripperLimits):
         self.name = name
         self._hostname, self._limits = hostname, limits
-        self._wish: Wish | None = None  # mailbox: one slot, latest wins
+        self._wish: tuple[Wish, float] | None = None  # mailbox and when, s: one slot, latest wins
         self._width = limits.max_width_m
         self._fault = "not connected yet"
         self._grasped: bool | None = None
@@ -73,9 +73,15 @@ class GripperWorker:
         self._thread.start()
 
     def wish(self, wish: Wish) -> None:
-        """Replace whatever waits by `wish`; it is carried out when the running command has ended."""
-        self._wish = wish
+        """Replace whatever waits by `wish`; it is carried out when the running command has ended, unless that
+        takes longer than a command may.
+        """
+        self._wish = wish, time.monotonic()
         self._changed.set()
+
+    def forget(self) -> None:
+        """What waits is not carried out."""
+        self._wish = None
 
     @property
     def opening(self) -> float:
@@ -98,7 +104,9 @@ class GripperWorker:
         return self._moving
 
     def lost(self) -> bool:
-        """Once after a command that the connection ended: repeated only when it is wished for anew."""
+        """Once after a command that the connection ended or kept waiting: repeated only when it is wished for
+        anew.
+        """
         lost, self._lost = self._lost, False
         return lost
 
@@ -118,9 +126,13 @@ class GripperWorker:
                     gripper = franky.Gripper(self._hostname)
                     self._fault = ""
                 self._width = gripper.state.width
-                wish, self._wish = self._wish, None
-                if wish is not None:
-                    self._execute(gripper, wish)
+                waiting, self._wish = self._wish, None
+                if waiting is not None:
+                    wish, since = waiting
+                    if time.monotonic() - since <= self._limits.timeout_s:
+                        self._execute(gripper, wish)
+                    else:
+                        self._lost = True
             except Exception as error:  # the hand's faults never stop the arms: shown, then tried again
                 gripper = None
                 self._lost |= self._moving is not None

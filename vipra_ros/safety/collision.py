@@ -76,15 +76,22 @@ class Geometry:
 
     def distances(self, q: np.ndarray) -> dict[str, tuple[float, str]]:
         """Smallest distance (m; negative: overlap) and which bodies, for each of GROUPS that has any pair."""
-        pin.computeDistances(self._model, self._data, self._shapes, self._shapes_data, q)
+        distances = self._distances(q)
         nearest: dict[str, tuple[float, str]] = {}
         for k, group in enumerate(self._group):
-            distance = self._shapes_data.distanceResults[k].min_distance
-            if group not in nearest or distance < nearest[group][0]:
-                pair = self._shapes.collisionPairs[k]
-                names = [self._shapes.geometryObjects[i].name for i in (pair.first, pair.second)]
-                nearest[group] = distance, " and ".join(names)
+            if group not in nearest or distances[k] < nearest[group][0]:
+                nearest[group] = float(distances[k]), self._bodies(k)
         return nearest
+
+    def _distances(self, q: np.ndarray) -> np.ndarray:
+        """Of each pair of bodies, m; negative: overlap."""
+        pin.computeDistances(self._model, self._data, self._shapes, self._shapes_data, q)
+        return np.array([result.min_distance for result in self._shapes_data.distanceResults])
+
+    def _bodies(self, k: int) -> str:
+        """The two of pair `k`."""
+        pair = self._shapes.collisionPairs[k]
+        return " and ".join(self._shapes.geometryObjects[i].name for i in (pair.first, pair.second))
 
     def problem(self, task: Task, q: np.ndarray, dq: np.ndarray, now: np.ndarray) -> tuple[str, str] | None:
         """What is wrong with being at `q` [J] rad and moving at `dq` [J] rad/s: (code, reason) or None.
@@ -116,11 +123,13 @@ class Geometry:
                 "arms": task.arm_distance_m,
                 "table": task.table_distance_m,
             }
-            then, before = self.distances(q), self.distances(now)
-            for group, (distance, bodies) in then.items():
-                if distance < limit[group] and distance < before[group][0] - 1e-6:
-                    code = {"self": "self_collision", "arms": "arm_collision", "table": "table"}[group]
-                    return code, f"{bodies} would stop {distance:.3f} m apart, limit {limit[group]} m"
+            then, before = self._distances(q), self._distances(now)
+            limits = np.array([limit[group] for group in self._group])
+            worse = (then < limits) & (then < before - 1e-6)
+            if worse.any():
+                k = int(np.where(worse, then, np.inf).argmin())
+                code = {"self": "self_collision", "arms": "arm_collision", "table": "table"}[self._group[k]]
+                return code, f"{self._bodies(k)} would stop {then[k]:.3f} m apart, limit {limits[k]} m"
         return None
 
     def _too_close(self, task: Task, q: np.ndarray) -> bool:
