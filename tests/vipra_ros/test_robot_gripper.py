@@ -98,6 +98,7 @@ def test_closing_on_nothing_is_not_a_grasp(worker):
 
 def test_a_lost_hand_is_a_visible_fault_and_comes_back(simulator, worker):
     worker.wish("close")
+    wait_for(lambda: worker.moving == "close", 10.0, "closing", poll_s=0.002)
     simulator.sim.stop()
     wait_for(lambda: worker.fault, 10.0, "a fault")
     began = time.monotonic()
