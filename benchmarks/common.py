@@ -72,7 +72,7 @@ def parts(config: ModelConfig) -> tuple[Tokenizer, Normalizer, str]:
         "name": "benchmark",
         "horizon": config.horizon,
         "rate_hz": 22.0,
-        "history_seconds": 0.1,
+        "history_seconds": 2 / 22,
         "dimensions": [{"name": name, "kind": "joint"} for name in names],
     }
     return tokenizer(), normalizer, yaml.safe_dump(embodiment)

@@ -305,7 +305,7 @@ def holds(path: Path, seeds: list[int]) -> bool:
     if not path.is_file():
         return False
     with np.load(path, allow_pickle=False) as data:
-        return data["seeds"].tolist() == seeds
+        return data["seeds"].tolist()[: len(seeds)] == seeds
 
 
 def play_all(folder: Path, task: str, robot: str, embodiment: str, seeds: range, workers: int) -> None:

@@ -198,7 +198,6 @@ def test_limits_of_another_arm_are_refused():
         )
 
 
-@pytest.mark.skipif(not BRIDGE.is_dir(), reason="needs ../shared/data/bridge_v2_sample")
 def test_a_history_between_two_frames_is_refused_with_the_nearest_one():
     shipped = load(Embodiment, "franka_delta").model_dump()
     for rate_hz, seconds, fix in ((5.0, 0.0666667, "0.2 is 1"), (15.0, 0.1, "0.1333333 is 2")):
@@ -207,6 +206,7 @@ def test_a_history_between_two_frames_is_refused_with_the_nearest_one():
     assert parse(Embodiment, shipped | {"rate_hz": 30.0}, "mine.yaml").history_seconds == 0.0666667
 
 
+@pytest.mark.skipif(not BRIDGE.is_dir(), reason="needs ../shared/data/bridge_v2_sample")
 def test_bridge_fits_the_end_effector_embodiment_and_is_clipped_to_what_it_showed():
     body = load(Embodiment, "franka_delta").model_copy(update={"rate_hz": 5.0, "history_seconds": 0.2})
     loose = body.model_copy(
