@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from config.safety import GripperLimits
 from vipra_ros.process import wait_for
-from vipra_ros.robot.gripper import GripperWorker, Hysteresis
+from vipra_ros.robot.gripper import GripperWorker
+from vipra_ros.robot.hands import Hysteresis
 
 pytestmark = pytest.mark.live
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from vipra_ros.report.logs import ArmsLog
+from vipra_ros.robot.counters import LATE_S
 
-LATE_S = 0.005  # a tick further past its absolute deadline counts as late
 MOVED_RAD = 0.02  # below this the arms stood still
 _PACKAGES = (
     *(

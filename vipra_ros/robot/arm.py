@@ -6,9 +6,11 @@ how many.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+Wish = Literal["open", "close"]  # what a hand is told
 
 
 class ArmFault(RuntimeError):
@@ -82,7 +84,7 @@ class Hand(Protocol):
     opening: float  # last measured, 0 (closed) to 1 (open)
     fault: str  # why it does not do what it was told, "" if all is well
     grasped: bool | None  # outcome of the last close; None: not closed
-    moving: str | None  # the command that runs now
+    moving: Wish | None  # the command that runs now
 
     def start(self) -> None: ...
 
@@ -91,8 +93,8 @@ class Hand(Protocol):
     def forget(self) -> None:
         """Drop what was wished for and has not begun."""
 
-    def wish(self, wish: str) -> None:
-        """open or close; the latest one counts."""
+    def wish(self, wish: Wish) -> None:
+        """The latest one counts."""
 
     def stop(self, timeout_s: float = 1.0) -> bool:
         """End; False if that takes longer."""

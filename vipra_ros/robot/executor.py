@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,18 +24,17 @@ from config.safety import Safety
 from config.workcell import Workcell
 from vipra_ros.clock import Clock, ClockStopped
 from vipra_ros.execution.chunk import Chunk, Rejected
+from vipra_ros.execution.home import home_chunk
 from vipra_ros.execution.reference import Reference, Sample
 from vipra_ros.robot.arm import Arm, ArmFault, ArmState, Hand
 from vipra_ros.robot.commands import Lease, Tag
-from vipra_ros.robot.gripper import Hysteresis
+from vipra_ros.robot.counters import Counters
+from vipra_ros.robot.hands import Hands
 from vipra_ros.robot.runlog import RunLog
+from vipra_ros.robot.side import Side
 from vipra_ros.safety.limits import JointLimits
 from vipra_ros.safety.supervisor import Supervisor, Verdict
 
-LATE_S = 0.005  # a tick further behind its deadline counts as late
-_HOME_RATE_HZ = 10.0
-_HOME_VELOCITY = 0.4  # rad/s, peak
-_HOME_MAX_S = 25.0
 # What a commander that still makes sense never sends: stop it, rather than wait for its next idea.
 COMMAND_FAULTS = frozenset(
     ("names", "shape", "non_finite", "times", "rate", "gripper", "mismatch", "jump", "position", "velocity")
@@ -58,37 +56,6 @@ class State(enum.Enum):
 STATES = [s.value for s in State]
 _INDEX = {s: i for i, s in enumerate(State)}
 _LATCHED = (State.STOPPING, State.STOPPED, State.FAULT, State.RECOVERING)
-
-
-@dataclass
-class Counters:
-    ticks: int = 0
-    late_ticks: int = 0  # late ones and deadlines skipped altogether
-    starved_ticks: int = 0
-    max_late_s: float = 0.0
-    max_skew_s: float = 0.0
-    error_max_rad: float = 0.0
-    error_square_sum: float = 0.0
-    error_samples: int = 0
-    interventions: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def error_rms_rad(self) -> float:
-        return (self.error_square_sum / self.error_samples) ** 0.5 if self.error_samples else 0.0
-
-
-@dataclass
-class _Side:
-    """One arm and what the loop remembers of it."""
-
-    name: str
-    arm: Arm
-    gripper: Hand | None
-    hysteresis: Hysteresis | None
-    rows: slice  # of the J joints
-    state: ArmState | None = None
-    moved_at: float = 0.0  # executor and wall time of the last change of state.time_s
-    moved_wall: float = 0.0
 
 
 class ArmsExecutor:
@@ -121,15 +88,9 @@ class ArmsExecutor:
                     f"the safety limits are for arms of {each} joints, {name} has {len(homes[name])}"
                 )
         self._sides = [
-            _Side(
-                name,
-                arm,
-                grippers.get(name),
-                Hysteresis(safety.gripper) if name in grippers else None,
-                slice(each * i, each * (i + 1)),
-            )
-            for i, (name, arm) in enumerate(arms.items())
+            Side(name, arm, slice(each * i, each * (i + 1))) for i, (name, arm) in enumerate(arms.items())
         ]
+        self._hands = Hands({name: grippers[name] for name in arms if name in grippers}, safety.gripper)
         self._home = np.concatenate([homes[name] for name in arms])
         beyond = (self._home < self._limits.soft_min) | (self._home > self._limits.soft_max)
         if beyond.any():
@@ -143,7 +104,6 @@ class ArmsExecutor:
         self._reference: Reference | None = None
         self._gate: Supervisor | None = None  # its `state` is what was last sent
         self._gripper_action = (-1, -1)
-        self._openings: list[float | None] = [None] * len(self._sides)  # last due, by arm
         self._measured_at = 0.0
         self._commanded: tuple[float, np.ndarray, np.ndarray] | None = None  # executor time, q, dq
         self._sent_at = -np.inf  # when the gate last let something through
@@ -200,9 +160,7 @@ class ArmsExecutor:
             raise ArmFault("start", str(error)) from error
         for side, fault in faults:
             self._arm_fault(side, fault)
-        for side in self._sides:
-            if side.gripper is not None:
-                side.gripper.start()
+        self._hands.start()
         self._thread.start()
 
     def acquire_lease(self) -> str:
@@ -308,13 +266,8 @@ class ArmsExecutor:
             raise ArmFault("clock", "the reference loop does not run: is the simulator alive?")
         for side in down:
             side.arm.start()
-            now = self._clock.now()
-            side.moved_at, side.moved_wall = now, time.monotonic()
-        self._openings = [None] * len(self._sides)  # hands may have been opened by other means since
-        self._forget_hands()
-        for side in self._sides:
-            if side.hysteresis is not None:
-                side.hysteresis.reset()
+            side.alive(self._clock.now())
+        self._hands.reset()
         resumed = self._resume = threading.Event()
         if not resumed.wait(2.0) or self.state in _LATCHED:
             raise ArmFault(self.code or "clock", self.reason)
@@ -330,11 +283,7 @@ class ArmsExecutor:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         enders = [threading.Thread(target=side.arm.shutdown, daemon=True) for side in self._sides]
-        enders += [
-            threading.Thread(target=side.gripper.stop, args=(0.8,), daemon=True)
-            for side in self._sides
-            if side.gripper is not None
-        ]
+        enders += self._hands.enders(0.8)
         for ender in enders:
             ender.start()
         deadline = time.monotonic() + 1.5
@@ -365,7 +314,7 @@ class ArmsExecutor:
 
     def measured(self) -> tuple[float, dict[str, tuple[ArmState, float | None]]]:
         """Executor time of the last reading; state and hand opening by arm."""
-        states = {s.name: (s.state, s.gripper.opening if s.gripper else None) for s in self._sides if s.state}
+        states = {s.name: (s.state, self._hands.measured(s.name)) for s in self._sides if s.state}
         return self._measured_at, states
 
     def commanded(self) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray, float | None]]] | None:
@@ -377,29 +326,15 @@ class ArmsExecutor:
         if self._commanded is None:
             return None
         now, q, dq = self._commanded
-        told = {}
-        for side, opening in zip(self._sides, self._openings, strict=True):
-            if opening is None and side.gripper is not None:
-                opening = side.gripper.opening
-            told[side.name] = (q[side.rows], dq[side.rows], opening)
-        return now, told
+        return now, {s.name: (q[s.rows], dq[s.rows], self._hands.told(s.name)) for s in self._sides}
 
     def gripper_faults(self) -> dict[str, str]:
         """What is wrong with the hands, by arm; empty if nothing."""
-        return {s.name: s.gripper.fault for s in self._sides if s.gripper is not None and s.gripper.fault}
+        return self._hands.faults
 
     def gripper_report(self) -> dict[str, dict]:
         """Opening, outcome of the last grasp, running command and fault of every hand, by arm."""
-        return {
-            s.name: {
-                "opening": round(s.gripper.opening, 3),
-                "grasped": s.gripper.grasped,
-                "moving": s.gripper.moving,
-                "fault": s.gripper.fault,
-            }
-            for s in self._sides
-            if s.gripper is not None
-        }
+        return self._hands.report()
 
     # --- the loop
     # ------------------------------------------------------------------------------------------------
@@ -413,7 +348,7 @@ class ArmsExecutor:
         deadline = last + period
         self._reseed_at(self._q, last)
         for side in self._sides:
-            side.moved_at, side.moved_wall = last, time.monotonic()
+            side.alive(last)
         while True:
             try:
                 self._clock.sleep_until(deadline)
@@ -442,10 +377,7 @@ class ArmsExecutor:
                 deadline += skipped * period
 
     def _tick(self, now: float, late: float, gap: float) -> None:
-        counters = self.counters
-        counters.ticks += 1
-        counters.late_ticks += late > LATE_S
-        counters.max_late_s = max(counters.max_late_s, late)
+        self.counters.tick(late)
         stalled = gap > self._config.watchdogs.tick_gap_s
         self._measure(now, stalled)
         if stalled:
@@ -455,8 +387,7 @@ class ArmsExecutor:
         sample = self._reference.sample(now)
         verdict = self._gate.check(now, sample.q, sample.dq, self._expected())
         self._sent_at = now
-        for kind, count in verdict.interventions.items():
-            counters.interventions[kind] = counters.interventions.get(kind, 0) + count
+        self.counters.intervene(verdict.interventions)
         if verdict.action != "pass":
             self._on_verdict(now, verdict)
         q, dq = verdict.q, verdict.dq
@@ -481,30 +412,13 @@ class ArmsExecutor:
 
     def _measure(self, now: float, stalled: bool) -> None:
         """Read every arm; a reflex, a lost connection or a frozen state is a fault."""
-        wall = time.monotonic()
-        limit = self._config.watchdogs.state_time_s
+        frozen_s, rest = self._config.watchdogs.state_time_s, self._config.stop.rest_velocity_rad_s
         self._measured_at = now
         for side in self._sides:
-            state = side.arm.read()
-            self._q[side.rows], self._dq[side.rows] = state.q, state.dq
-            if side.state is None or stalled or self._is_fresh(side.state, state):
-                side.moved_at, side.moved_wall = now, wall
-            side.state = state
-            if not side.arm.streaming:
-                continue
-            if state.fault:
-                self._arm_fault(side, ArmFault(state.fault[0], f"{side.name}: {state.fault[1]}"))
-            # Both clocks: a simulator catching up makes many milliseconds in few.
-            elif now - side.moved_at > limit and wall - side.moved_wall > limit:
-                silent = 1000 * (now - side.moved_at)
-                self._arm_fault(side, ArmFault("frozen", f"{side.name}: no new state for {silent:.0f} ms"))
-
-    def _is_fresh(self, before: ArmState, state: ArmState) -> bool:
-        """A later time, and positions that change if the arm says it moves: a repeated state has only the
-        first.
-        """
-        still = float(np.abs(state.dq).max()) < self._config.stop.rest_velocity_rad_s
-        return state.time_s != before.time_s and (still or not np.array_equal(state.q, before.q))
+            fault = side.measure(now, stalled, frozen_s, rest)
+            self._q[side.rows], self._dq[side.rows] = side.state.q, side.state.dq
+            if fault is not None:
+                self._arm_fault(side, fault)
 
     def _expected(self) -> np.ndarray:
         """Measured positions [J] for the gate; an arm that is out of control is no evidence against the
@@ -575,7 +489,7 @@ class ArmsExecutor:
         if self._open_request:
             self._open_request = False
             if self.state in (State.IDLE, State.HOLDING) and not self.lease.held(now):
-                self._open_hands()
+                self._hands.open()
         if self._home_request:
             self._home_request = False
             self._begin_home(now)
@@ -605,7 +519,7 @@ class ArmsExecutor:
                 self.lease.feed(tag.seq, max(now, chunk.end))
         if chunk is None:
             self._brake(now)
-            self._forget_hands()
+            self._hands.forget()
             self._set(State.HOLDING, "let_go", "the commander let go")
             return
         self.accepted_seq = tag.seq
@@ -614,21 +528,13 @@ class ArmsExecutor:
             self._set(State.ALIGNING, "", f"aligning, {join.size_rad:.3f} rad to go")
 
     def _begin_home(self, now: float) -> None:
-        """Home along a minimum-jerk path, as a chunk of our own: the same reference, limits, dead-man and
-        stop.
-        """
         if self.state not in (State.IDLE, State.HOLDING) or self._moving() or self.lease.held(now):
             return  # since it was granted
         start = self._gate.state[0]
-        distance = float(np.abs(self._home - start).max())
-        duration = min(max(1.875 * distance / _HOME_VELOCITY, 1.0), _HOME_MAX_S)
-        s = np.linspace(0.0, 1.0, max(int(duration * _HOME_RATE_HZ), 2) + 1)[:, None]
-        s = s**3 * (10 - 15 * s + 6 * s**2)
-        path = start + s * (self._home - start)
         self._reseed_at(start, now)
-        chunk = Chunk(0, now + 1.0 / _HOME_RATE_HZ, _HOME_RATE_HZ, path, np.zeros((len(path), 0)))
+        chunk = home_chunk(start, self._home, now)
         self._reference.add(chunk, now)
-        self._set(State.HOMING, "", f"homing, {duration:.1f} s")
+        self._set(State.HOMING, "", f"homing, {chunk.end - now:.1f} s")
 
     def _on_verdict(self, now: float, verdict: Verdict) -> None:
         """The gate brakes by itself and lets nothing pass until it is reset."""
@@ -684,37 +590,18 @@ class ArmsExecutor:
         if sample.gripper is None or self.state is not State.RUNNING or action == self._gripper_action:
             return
         self._gripper_action = action
-        for side in self._sides:
-            if side.gripper is not None and side.gripper.lost():
-                side.hysteresis.reset()
-        hands = [i for i, side in enumerate(self._sides) if side.gripper is not None]
-        for i, opening in zip(hands, sample.gripper, strict=False):
-            side, self._openings[i] = self._sides[i], float(opening)
-            wish = side.hysteresis.update(float(opening))
-            if wish is not None:
-                side.gripper.wish(wish)
-
-    def _open_hands(self) -> None:
-        for i, side in enumerate(self._sides):
-            if side.gripper is not None:
-                self._openings[i] = 1.0
-                side.hysteresis.reset()
-                side.gripper.wish("open")
+        self._hands.move(sample.gripper)
 
     def _account(self, sample: Sample, q: np.ndarray) -> None:
-        counters = self.counters
         if sample.starved and self.state in (State.RUNNING, State.HOLDING) and self.lease.holder:
-            counters.starved_ticks += 1
+            self.counters.starved_ticks += 1
         if self.state in (State.RUNNING, State.ALIGNING, State.HOMING):
-            error = q - self._q
-            counters.error_max_rad = max(counters.error_max_rad, float(np.abs(error).max()))
-            counters.error_square_sum += float(error @ error) / len(error)
-            counters.error_samples += 1
+            self.counters.track(q - self._q)
 
     # --- reactions
     # -----------------------------------------------------------------------------------------------
 
-    def _arm_fault(self, side: _Side, fault: ArmFault) -> None:
+    def _arm_fault(self, side: Side, fault: ArmFault) -> None:
         side.arm.abort()
         self._fault(fault.code, str(fault), side.name)
 
@@ -737,15 +624,9 @@ class ArmsExecutor:
         since = max(self._sent_at, now - 2.0 / self._control.reference_rate_hz)
         self._reference.stop(min(since, now), state=self._gate.state)
 
-    def _forget_hands(self) -> None:
-        """What a hand was told and has not begun, it shall not begin."""
-        for side in self._sides:
-            if side.gripper is not None:
-                side.gripper.forget()
-
     def _drop_commands(self) -> None:
         self._inbox.clear()
-        self._forget_hands()
+        self._hands.forget()
         with self._lease_lock:
             self.lease.release()
 

@@ -1,54 +1,21 @@
 """One Franka Hand in a thread of its own, so that its blocking calls never touch the control loop.
 
-The policy's opening (0 closed .. 1 open) becomes open and close with hysteresis (design of the action space:
-a hand is either). Only the newest wish waits; one command runs at a time, as a second one during the first
-deadlocks.
+A hand is told to open or to close. Only the newest wish waits; one command runs at a time, as a second one
+during the first deadlocks.
 """
 
 import threading
 import time
-from typing import Literal
 
 import franky
 
 from config.safety import GripperLimits
+from vipra_ros.robot.arm import Wish
 
-Wish = Literal["open", "close"]
 _PERIOD_S = 0.02
 _RECONNECT_S = 1.0
 # Connections with a command that has not ended: franky's own thread still uses them, so they must outlive it.
 _ABANDONED: list[tuple[franky.Gripper, franky.BoolFuture]] = []
-
-
-class Hysteresis:
-    """Opening of successive actions -> "open" or "close" when that changes, else None."""
-
-    def __init__(self, limits: GripperLimits):
-        self._limits = limits
-        self._side: Wish | None = None
-        self._count = 0
-        self._current: Wish | None = None
-
-    def update(self, opening: float) -> Wish | None:
-        """Call once per action. Fires after `consecutive_actions` on the same side of the band."""
-        side = (
-            "close"
-            if opening < self._limits.close_below
-            else "open"
-            if opening > self._limits.open_above
-            else None
-        )
-        self._count = self._count + 1 if side is not None and side == self._side else int(side is not None)
-        self._side = side
-        if side is None or side == self._current or self._count < self._limits.consecutive_actions:
-            return None
-        self._current = side
-        return side
-
-    def reset(self) -> None:
-        """Forget what was commanded: the next clear wish is sent again."""
-        self._side = self._current = None
-        self._count = 0
 
 
 class GripperWorker:

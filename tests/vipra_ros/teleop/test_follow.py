@@ -11,7 +11,7 @@ from config.loading import ConfigError, load, parse
 from config.safety import Safety
 from config.teleop import Filter, Teleop
 from vipra_ros.execution.reference import Reference
-from vipra_ros.robot.gripper import Hysteresis
+from vipra_ros.robot.hands import Hysteresis
 from vipra_ros.safety.limits import JointLimits
 from vipra_ros.teleop.follow import Refused, State, Teleoperation
 from vipra_ros.teleop.leader import OneEuro, Samples, Stamps
