@@ -7,6 +7,8 @@ from pydantic import Field, field_validator
 from config.loading import Strict, load, root
 from config.task import Task
 
+FIRST_SEED = 10_000  # demonstrations are trials from here on; evaluate on other seeds
+
 
 def names_task(text: str) -> bool:
     """Whether `text` is a file in config/tasks or a path to one, there or not, and no instruction."""
@@ -26,7 +28,9 @@ class Recording(Strict):
         "asked for one after the other; may change in between",
     )
     first_seed: int = Field(
-        10_000, ge=0, description="episode n is trial first_seed + n of a task file; evaluate on other seeds"
+        FIRST_SEED,
+        ge=0,
+        description="episode n is trial first_seed + n of a task file; evaluate on other seeds",
     )
     target: int = Field(200, ge=1, description="episodes the dataset shall have in the end")
     rate_hz: int | None = Field(

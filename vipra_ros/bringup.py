@@ -18,7 +18,7 @@ from pydantic import Field
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, Strict, load, parse
-from config.recording import Recording
+from config.recording import FIRST_SEED, Recording
 from config.robot import PRESETS, Robot, safety_of
 from config.teleop import Teleop
 from config.workcell import Workcell
@@ -60,7 +60,9 @@ class Arguments(Strict):
     dataset: str | None = Field(
         None, description="also record demonstrations to this folder; empty: no recorder"
     )
-    first_seed: int | None = Field(None, description="the first episode's trial of a task file: 10000")
+    first_seed: int | None = Field(
+        None, description=f"the first episode's trial of a task file: {FIRST_SEED}"
+    )
     target: int | None = Field(None, description="episodes the dataset shall have in the end")
     preset: Literal["3.5hz", "7hz", "22hz"] | None = Field(
         None,

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from config.loading import ConfigError, load, parse
-from config.recording import Quality
+from config.recording import FIRST_SEED, Quality
 from config.safety import JointRange, Safety
 from episodes import quality
 from episodes.demonstration import ACTION, CAPTURE, STATE, SYNC
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument(
         "--first-seed",
         type=int,
-        default=10_000,
+        default=FIRST_SEED,
         metavar="S",
         help="trial of episode 0; evaluate on other seeds (default: %(default)s)",
     )

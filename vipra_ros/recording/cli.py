@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from config.recording import FIRST_SEED
 from vipra_ros.recording.keyboard import END, HELP, Repeats, raw_keys, read_key, verb
 
 EPILOG = f"""\
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--first-seed",
         type=int,
-        default=10_000,
+        default=FIRST_SEED,
         help="the first episode's trial of a task file (default: %(default)s); another folder of the same "
         "task needs another one",
     )

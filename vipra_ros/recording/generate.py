@@ -18,7 +18,7 @@ import numpy as np
 
 from config.embodiment import Embodiment
 from config.loading import load
-from config.recording import Recording
+from config.recording import FIRST_SEED, Recording
 from config.robot import Robot
 from config.task import Task
 from episodes import demonstration
@@ -41,7 +41,7 @@ class Wanted:
     task: Task
     robot: Robot
     episodes: int
-    first_seed: int = 10_000
+    first_seed: int = FIRST_SEED
     split: str = "seen"
     seconds: float | None = None  # end every episode here, done or not
     keep_flagged: bool = False  # through the nodes: do not record again what the recorder flags

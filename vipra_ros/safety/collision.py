@@ -35,7 +35,8 @@ class Geometry:
         self._tcp = [self._model.getFrameId(f"{arm}_fr3_hand_tcp") for arm in arms]
         self._group = _pair_up(self._model, self._shapes)
         self._shapes_data = pin.GeometryData(self._shapes)
-        self._margins: Task | None = None
+        self._task: Task | None = None  # whose limits these are
+        self._limits = np.zeros(len(self._group))  # least distance of each pair, m
 
     @property
     def pairs(self) -> int:
@@ -118,30 +119,23 @@ class Geometry:
                         f"{arm}: {manipulability[i]:.4f}, least {task.manipulability}: near a singularity",
                     )
         if self._too_close(task, q):
-            limit = {
-                "self": task.self_distance_m,
-                "arms": task.arm_distance_m,
-                "table": task.table_distance_m,
-            }
             then, before = self._distances(q), self._distances(now)
-            limits = np.array([limit[group] for group in self._group])
-            worse = (then < limits) & (then < before - 1e-6)
+            worse = (then < self._limits) & (then < before - 1e-6)
             if worse.any():
                 k = int(np.where(worse, then, np.inf).argmin())
                 code = {"self": "self_collision", "arms": "arm_collision", "table": "table"}[self._group[k]]
-                return code, f"{self._bodies(k)} would stop {then[k]:.3f} m apart, limit {limits[k]} m"
+                return code, f"{self._bodies(k)} would stop {then[k]:.3f} m apart, limit {self._limits[k]} m"
         return None
 
     def _too_close(self, task: Task, q: np.ndarray) -> bool:
-        if self._margins is not task:
-            limit = {
-                "self": task.self_distance_m,
-                "arms": task.arm_distance_m,
-                "table": task.table_distance_m,
-            }
-            for k, group in enumerate(self._group):
-                self._shapes_data.collisionRequests[k].security_margin = limit[group]
-            self._margins = task
+        if self._task is not task:
+            limits = dict(
+                zip(GROUPS, (task.self_distance_m, task.arm_distance_m, task.table_distance_m), strict=True)
+            )
+            self._limits = np.array([limits[group] for group in self._group])
+            for request, limit in zip(self._shapes_data.collisionRequests, self._limits, strict=True):
+                request.security_margin = limit
+            self._task = task
         return pin.computeCollisions(self._model, self._data, self._shapes, self._shapes_data, q, True)
 
 
