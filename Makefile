@@ -15,10 +15,12 @@ DRIVER := libgl1-mesa-dri
 
 .venv: $(STAMP)
 
+# uv takes a quarter of pip's time; pip also knows the mirrors of its own configuration.
 $(STAMP): setup.py setup.cfg | system
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --upgrade pip uv
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e '.[$(EXTRAS)]' || \
+	  $(BIN)/pip install --quiet -e '.[$(EXTRAS)]'
 	touch $@
 
 # What pip cannot bring: graphics libraries for off-screen rendering and OpenCV.

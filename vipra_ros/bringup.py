@@ -66,7 +66,7 @@ class Arguments(Strict):
     target: int | None = Field(None, description="episodes the dataset shall have in the end")
     preset: Literal["3.5hz", "7hz", "22hz"] | None = Field(
         None,
-        description="a protocol of the paper; rate, replan_after, mode and anchor go before it",
+        description="a protocol of the paper; rate, replan_after, mode and anchor override it",
     )
     rate: float | None = Field(None, description="executed actions per second, at most 22")
     replan_after: Literal[7, 14] | None = Field(None, description="actions of each chunk that run: 7 or 14")
@@ -78,7 +78,10 @@ class Arguments(Strict):
     )
     inject_latency_ms: float | None = Field(None, description="added to every inference, for experiments")
     seed: int | None = Field(None, description="seed of the policy's noise and of the simulated scene")
-    run_dir: str | None = Field(None, description="folder for the run's logs; empty: none are written")
+    run_dir: str | None = Field(
+        None,
+        description="folder for the run's logs; unless given, runs/up/<time>, with ros2 launch none",
+    )
     discovery: Literal["LOCALHOST", "SUBNET", "SYSTEM_DEFAULT", "OFF"] = Field(
         "LOCALHOST", description="how far ROS discovery reaches; SUBNET: other machines see the robot"
     )

@@ -163,7 +163,7 @@ def demo(
     ] = "observation",
     preset: Annotated[
         Literal["3.5hz", "7hz", "22hz"] | None,
-        typer.Option(help="a protocol of the paper, instead of rate, replan-after, mode and anchor"),
+        typer.Option(help="a protocol of the paper; overrides rate, replan-after, mode and anchor"),
     ] = None,
     inject_latency_ms: Annotated[float, typer.Option(min=0, max=5000, help="added to every inference")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -24,6 +24,7 @@ from config.embodiment import Embodiment
 from config.loading import ConfigError, find, load, root
 from config.policy import Policy
 from config.robot import Robot
+from config.workcell import Workcell
 from vipra_ros import bringup
 from vipra_ros.process import ProcessError, port_is_free, reserve_slot
 
@@ -82,6 +83,7 @@ def checks(robot_name: str, server: str, role: Role) -> Iterator[Check]:
         yield shared_memory()
         yield fci_ports(robot)
     else:
+        yield workcell(robot)
         yield realtime_kernel()
         yield realtime_priority()
         for name, arm in robot.arms.items():
@@ -111,6 +113,15 @@ def configuration(name: str) -> tuple[Robot | None, Check]:
             "configuration", "fix", str(error), "correct the file, or name another with --robot"
         )
     return robot, Check("configuration", "ok", str(find(Robot.KIND, name)))
+
+
+def workcell(robot: Robot) -> Check:
+    """Which file says where the arms stand; the shipped one is nobody's."""
+    path = find(Workcell.KIND, robot.workcell)
+    if path.is_relative_to(root() / "config"):
+        fix = f"measure yours: copy it beside the robot's file and name it there, workcell: {path.name}"
+        return Check("workcell", "note", f"{path}, as shipped", fix)
+    return Check("workcell", "ok", str(path))
 
 
 def disk(folder: Path | None = None) -> Check:

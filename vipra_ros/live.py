@@ -80,6 +80,8 @@ def rows(monitor: Monitor) -> dict[str, str]:
     if teleop is not None:
         table["teleop"] = f"{teleop.values.get('state', '?')} {teleop.message}".strip()
         table["leaders"] = teleop.values.get("leaders", "")
+        if joint := teleop.values.get("difference_joint"):
+            table["difference"] = f"{teleop.values['difference_rad']} rad, {joint}"
     elif policy is None:
         table["policy"] = "no status yet"
     else:

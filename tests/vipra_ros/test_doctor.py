@@ -2,6 +2,7 @@
 
 import socket
 
+from config.loading import root
 from vipra_ros import doctor
 from vipra_ros.process import free_port
 
@@ -19,7 +20,7 @@ def test_this_machine_can_run_the_simulated_robot():
 
 def test_hardware_asks_for_more_than_simulation():
     names = set(by_name(doctor.checks("franka_single", "", "robot")))
-    assert {"real-time kernel", "real-time limits", "right arm", "ZED SDK"} <= names
+    assert {"real-time kernel", "real-time limits", "right arm", "ZED SDK", "workcell"} <= names
     assert not names & {"rendering", "simulator"}
 
 
@@ -33,6 +34,21 @@ def test_unknown_robot_is_one_thing_to_fix(capsys):
     assert doctor.run("no_such_robot", role="robot") == 1
     shown = capsys.readouterr().out
     assert "no_such_robot" in shown and "sim_bimanual" in shown and "1 to fix" in shown
+
+
+def test_the_workcell_that_is_read_is_named(tmp_path):
+    """A copied robot goes on naming the shipped workcell until its file is named with its ending."""
+    config = root() / "config"
+    copied = (config / "robots" / "franka_bimanual.yaml").read_text()
+    (tmp_path / "bimanual.yaml").write_text((config / "workcells" / "bimanual.yaml").read_text())
+    robot = tmp_path / "my_robot.yaml"
+    robot.write_text(copied)
+    check = doctor.workcell(doctor.load(doctor.Robot, str(robot)))
+    assert check.state == "note" and check.found == f"{config}/workcells/bimanual.yaml, as shipped"
+    assert "workcell: bimanual.yaml" in check.fix
+    robot.write_text(copied.replace("workcell: bimanual ", "workcell: bimanual.yaml "))
+    check = doctor.workcell(doctor.load(doctor.Robot, str(robot)))
+    assert (check.state, check.found) == ("ok", str(tmp_path / "bimanual.yaml"))
 
 
 def test_every_fix_says_what_to_do():

@@ -301,6 +301,7 @@ def run(
 
 def run_at_keyboard(task: Task, policy: str, robot: str, wanted: list[Key], limit_s: float, out: Path) -> int:
     """`vipra evaluate --operator`."""
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     from vipra_ros.recording.keyboard import raw_keys
 
     with raw_keys():
