@@ -77,6 +77,9 @@ class Quality(Strict):
     freeze_levels: float = Field(
         3.0, ge=0, description="largest mean change of a 16x16 px block that counts as none, of 255"
     )
+    copies_share: float = Field(
+        0.2, gt=0, le=1, description="of the pictures of a second, equal to the one before while an arm moves"
+    )
     idle_s: float = Field(0.3, gt=0, description="longest rest, start and end of an episode included")
     idle_speed_rad_s: float = Field(0.02, gt=0, description="slower than this in every joint is rest")
     idle_opening_per_s: float = Field(0.05, gt=0, description="the same for hands")

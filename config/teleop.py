@@ -91,6 +91,12 @@ class Teleop(Strict):
     velocity_rad_s: float = Field(
         1.5, gt=0, le=2.6, description="the arm follows at most at this speed, then falls behind"
     )
+    acceleration_rad_s2: float = Field(
+        6.0,
+        gt=0,
+        le=9,
+        description="of the arm while it follows; less of it runs further past a leader that stops",
+    )
     lost_after_s: float = Field(0.2, gt=0, le=0.5, description="no sample for this long: the leader is lost")
     jump_rad: float = Field(0.3, gt=0, le=1.5, description="a step of one sample beyond this is a fault")
     frozen_after_s: float = Field(

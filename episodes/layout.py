@@ -80,7 +80,7 @@ def new_info(fps: int, features: dict[str, Feature], robot_type: str | None) -> 
             raise EpisodesError(f"feature {key!r}: shape {shape}, only vectors are supported")
         full[key] = dict(feature)
         if dtype == "video":
-            full[key]["info"] = video_info(fps, *shape[:2])
+            full[key].setdefault("info", video_info(fps, *shape[:2]))  # given: videos are copied
     videos = any(f["dtype"] == "video" for f in full.values())
     return {
         "codebase_version": VERSION,

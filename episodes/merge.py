@@ -8,7 +8,7 @@ from episodes import layout
 from episodes.demonstration import difference
 from episodes.layout import EpisodesError
 from episodes.reader import Dataset
-from episodes.writer import Writer
+from episodes.writer import Writer, finish_interrupted
 
 
 def merge(
@@ -23,6 +23,8 @@ def merge(
     EpisodesError where two sources differ, naming in what, where an episode to leave out is not there, or
     where `out` is not empty; `out` is removed again then.
     """
+    for path in sources:
+        finish_interrupted(path)
     datasets = [Dataset(path) for path in sources]
     first = datasets[0]
     if without and len(datasets) > 1:

@@ -14,6 +14,7 @@ from config.safety import JointRange
 
 _BLOCK = 16  # px
 _HELD_RAD, _PAUSE_S = 0.02, 0.5  # an arm that moved less over a longer gap was held: a pause
+_MOVING_RAD_S = 0.2  # an arm this fast moves in every picture
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ def _times(trace: Trace, quality: Quality) -> list[Finding]:
         i = int(i)
         if i and step[i - 1] <= 0:  # the end of dropped frames, told already
             continue
-        held = np.abs(trace.state[i + 1] - trace.state[i])[trace.joints].max(initial=0) < _HELD_RAD
-        held &= bool(step[i] > _PAUSE_S)
+        moved = np.maximum(*(np.abs(values[i + 1] - values[i]) for values in (trace.state, trace.action)))
+        held = moved[trace.joints].max(initial=0) < _HELD_RAD and step[i] > _PAUSE_S
+        held &= bool(moved[~trace.joints].max(initial=0) < quality.freeze_motion_opening)
         kind = "pause" if held else "gap"
         text = f"{kind} of {1000 * step[i]:.0f} ms between two pictures at {(i + 1) / trace.fps:.1f} s"
         found.append(Finding(kind, text, i, i + 1, problem=not held))
@@ -166,6 +168,27 @@ def _frozen(trace: Trace, quality: Quality) -> list[Finding]:
             what = f"an arm moved {arm:.2f} rad" if arm > quality.freeze_motion_rad else "a hand moved"
             text = f"camera frozen at {_at(trace, first, last)} while {what}"
             found.append(Finding("frozen", text, first, last))
+    return found + _copies(trace, quality, found)
+
+
+def _copies(trace: Trace, quality: Quality, frozen: list[Finding]) -> list[Finding]:
+    """Seconds in which the same picture came again and again under new times while an arm moved."""
+    n = round(trace.fps)
+    speed = trace.fps * np.abs(np.diff(trace.state[:, trace.joints], axis=0)).max(1, initial=0)
+    copy = (np.diff(trace.capture) > 0) & (trace.change[1:] == 0) & (speed > _MOVING_RAD_S)
+    copy = np.append(False, copy)
+    for finding in frozen:  # told already
+        copy[finding.first : finding.last + 1] = False
+    if len(trace) < n:
+        return []
+    often = np.lib.stride_tricks.sliding_window_view(copy, n).mean(1) > quality.copies_share
+    found = []
+    for first, last in spans(often):
+        last += n - 1
+        text = f"{copy[first : last + 1].sum()} of {last - first + 1} pictures equal the one before"
+        found.append(
+            Finding("frozen", f"{text} at {_at(trace, first, last)} while an arm moved", first, last)
+        )
     return found
 
 

@@ -96,16 +96,24 @@ def cut(source: Path, target: Path, start_s: float, frames: int, fps: int) -> No
 
 
 def joinable(one: Path, other: Path) -> bool:
-    """Whether two files were encoded alike, so that `concatenate` may join them. Raises VideoError."""
-    heads = []
-    for path in (one, other):
-        try:
-            with av.open(str(path)) as file:
-                context = file.streams.video[0].codec_context
-                heads.append((context.name, bytes(context.extradata or b"")))
-        except (av.FFmpegError, OSError, IndexError) as error:
-            raise VideoError(f"{path}: not a readable video: {error}") from error
-    return heads[0] == heads[1]
+    """Whether two files were encoded alike, so that `concatenate` may join them; not if `one` is broken.
+
+    Raises VideoError where `other` is.
+    """
+    head = _head(other)
+    try:
+        return _head(one) == head
+    except VideoError:
+        return False
+
+
+def _head(path: Path) -> tuple[str, bytes]:
+    try:
+        with av.open(str(path)) as file:
+            context = file.streams.video[0].codec_context
+            return context.name, bytes(context.extradata or b"")
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise VideoError(f"{path}: not a readable video: {error}") from error
 
 
 def frame_times(path: Path) -> np.ndarray:

@@ -139,6 +139,14 @@ class Writer:
                     self._histograms[key] = self._histograms.get(key, 0) + layout.colour_histogram(rgb)
         self._rows = {key: list(source.values(episode, key)) for key in source.vectors} | {"task": tasks}
 
+    def finish(self) -> None:
+        """Complete the running episode's videos: no frame can be added any more, and `save` needs less room.
+
+        Raises VideoError where the disk is too full for it: the episode can only be discarded.
+        """
+        for encoder in self._encoders.values():
+            encoder.close()
+
     def save(self) -> int:
         """Make the running episode part of the dataset; its index.
 
@@ -150,8 +158,7 @@ class Writer:
         if not self.frames:
             raise EpisodesError("an episode without frames is not saved: add frames first")
         _settle(self.root)
-        for encoder in self._encoders.values():
-            encoder.close()
+        self.finish()
         staged = self.root / _SAVING
         shutil.rmtree(staged, ignore_errors=True)
         try:
@@ -319,7 +326,7 @@ class Writer:
         old = self.root / info["video_path"].format(video_key=key, chunk_index=place[0], file_index=place[1])
         parts = [new]
         if last:
-            size_mb = (old.stat().st_size + new.stat().st_size) / 2**20
+            size_mb = sum(path.stat().st_size for path in (old, new) if path.is_file()) / 2**20
             if size_mb >= info["video_files_size_in_mb"] or not video.joinable(old, new):
                 place = layout.after(place, info["chunks_size"])
             else:
@@ -362,6 +369,27 @@ def recover(root: Path) -> None:
     _settle(root)
     for folder in (_SAVING, _RECORDING):
         shutil.rmtree(root / folder, ignore_errors=True)
+
+
+def finish_interrupted(root: Path) -> None:
+    """What the next writer would do about a save that a crash interrupted: move its files to their places.
+
+    Nothing while a writer is at work, which does it itself. Raises EpisodesError where it cannot be done.
+    """
+    if not (root / _SAVED).is_dir():
+        return
+    try:
+        lock = _lock(root)
+    except EpisodesError:
+        return
+    except OSError as error:
+        raise EpisodesError(
+            f"{root}: its last episode was not put in place, nor can it be: {error}"
+        ) from error
+    try:
+        recover(root)
+    finally:
+        os.close(lock)
 
 
 def _settle(root: Path) -> None:

@@ -1,6 +1,7 @@
 """`vipra dataset`: check, count, look at, merge, replay and, in simulation, generate demonstrations."""
 
 import argparse
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from episodes.layout import EpisodesError
 from episodes.quality import Finding, Trace
 from episodes.reader import Dataset
 from episodes.video import VideoError
+from episodes.writer import finish_interrupted
 
 EPILOG = """\
   vipra dataset check recordings/cups                 gaps, frozen camera, rests, limit hits, duplicates, ...
@@ -31,6 +33,7 @@ EPILOG = """\
   vipra dataset generate stack_cups recordings/sim --episodes 200    simulated, by the task's scripted expert
 """
 _AT_ONCE = 64  # pictures decoded together
+_PICTURES = (".png", ".jpg", ".pdf", ".svg")
 _SHEET = 40  # episodes of a contact sheet: a picture that can still be opened
 
 
@@ -56,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     view.add_argument(
         "--out", type=Path, metavar="FILE", help="PNG to write (default: here, named as FOLDER)"
     )
-    view.add_argument("--columns", type=int, default=8, help="moments of an episode (default: %(default)s)")
+    view.add_argument(
+        "--columns", type=_positive, default=8, help="moments of an episode (default: %(default)s)"
+    )
     replay = verbs.add_parser("replay", help="send an episode's actions to the arms")
     replay.add_argument("--episode", type=int, required=True, metavar="N", help="which one, from 0")
     replay.add_argument(
@@ -121,7 +126,15 @@ def main(argv: list[str] | None = None) -> int:
         "replay": _replay,
         "generate": _generate,
     }
+    if said.verb in ("check", "stats", "view", "replay"):
+        finish_interrupted(said.dataset)
     return run[said.verb](said)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def thresholds(settings: list[str]) -> Quality:
@@ -140,7 +153,6 @@ def thresholds(settings: list[str]) -> Quality:
 def trace(dataset: Dataset, episode: int, pictures: bool = True) -> Trace:
     """An episode for `episodes.quality`. Raises EpisodesError, VideoError where it cannot be read."""
     length = dataset.rows[episode].length
-    names = dataset.names(ACTION)
     action = dataset.values(episode, ACTION).reshape(length, -1)
     state = dataset.values(episode, STATE).reshape(length, -1)
     if state.shape != action.shape:
@@ -150,7 +162,7 @@ def trace(dataset: Dataset, episode: int, pictures: bool = True) -> Trace:
     known = dataset.vectors
     return Trace(
         fps=dataset.fps,
-        names=names or tuple(f"dimension {i}" for i in range(action.shape[1])),
+        names=_names(dataset),
         capture=dataset.values(episode, CAPTURE if CAPTURE in known else "timestamp").astype(float),
         sync=dataset.values(episode, SYNC).astype(float) if SYNC in known else np.zeros(length),
         state=state,
@@ -159,8 +171,18 @@ def trace(dataset: Dataset, episode: int, pictures: bool = True) -> Trace:
     )
 
 
+def _names(dataset: Dataset) -> tuple[str, ...]:
+    """Of the action's dimensions, also where the dataset does not name them."""
+    count = dataset.info["features"][ACTION]["shape"][0] if ACTION in dataset.info["features"] else 0
+    return dataset.names(ACTION) or tuple(f"dimension {i}" for i in range(count))
+
+
 def changes(dataset: Dataset, episode: int) -> np.ndarray:
-    """Change of each picture of the first camera to the one before [T], see `quality.change`."""
+    """Change of each picture of the first camera to the one before [T], see `quality.change`.
+
+    In a video of copies every key frame looks a little different: a picture has changed once it differs from
+    those a whole group of pictures (two, as in `episodes.video`) around it.
+    """
     length, before = dataset.rows[episode].length, None
     found = np.zeros(length)
     for first in range(0, length, _AT_ONCE):
@@ -168,6 +190,8 @@ def changes(dataset: Dataset, episode: int) -> np.ndarray:
         for i, rgb in zip(some, dataset.frames(episode, dataset.cameras[0], some), strict=True):
             found[i] = 0.0 if before is None else quality.change(before, rgb)
             before = rgb
+    if length > 2 and dataset.cameras[0] in dataset.rows[episode].videos:
+        found[1:] = np.minimum(found[1:], np.append(found[2:], found[-2]))
     return found
 
 
@@ -205,7 +229,7 @@ def _check(said: argparse.Namespace) -> int:
         if findings:
             lines = "\n".join(f"{f.kind}: {f.text}" for f in findings)
             table.add_row(str(row.index), f"{row.length / dataset.fps:.1f}", ", ".join(row.tasks), lines)
-    console = Console()
+    console = Console(markup=False)  # instructions may hold brackets
     if table.row_count:
         console.print(table)
     each = len(joints.position_min_rad)
@@ -239,9 +263,15 @@ def _check(said: argparse.Namespace) -> int:
 
 
 def _sync_p99_ms(dataset: Dataset) -> float | None:
-    if SYNC not in dataset.vectors or not len(dataset):
+    """Of every episode that can be read."""
+    errors = []
+    if SYNC in dataset.vectors:
+        for episode in range(len(dataset)):
+            with contextlib.suppress(EpisodesError):
+                errors.append(dataset.values(episode, SYNC))
+    if not errors:
         return None
-    errors = np.concatenate([dataset.values(e, SYNC) for e in range(len(dataset))])
+    errors = np.concatenate(errors)
     return round(1000 * float(np.quantile(errors, 0.99)), 3)
 
 
@@ -249,7 +279,7 @@ def _stats(said: argparse.Namespace) -> int:
     dataset = Dataset(said.dataset)
     if not len(dataset):
         raise EpisodesError(f"{said.dataset}: has no episode yet")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     lengths = np.array([row.length for row in dataset.rows]) / dataset.fps
     low, middle, high = np.quantile(lengths, (0, 0.5, 1))
     console.print(f"{dataset.info['robot_type']}, {dataset.fps} frames/s, {', '.join(dataset.cameras)}")
@@ -262,7 +292,7 @@ def _stats(said: argparse.Namespace) -> int:
     actions = np.concatenate([dataset.values(e, ACTION) for e in range(len(dataset))])
     table = Table("dimension", "min", "mean", "max", "std", title="actions", title_justify="left")
     columns = actions.min(0), actions.mean(0), actions.max(0), actions.std(0)
-    for name, *values in zip(dataset.names(ACTION), *columns, strict=True):
+    for name, *values in zip(_names(dataset), *columns, strict=True):
         table.add_row(name, *(f"{value:.3f}" for value in values))
     console.print(table)
     return 0
@@ -284,6 +314,8 @@ def _view(said: argparse.Namespace) -> int:
     dataset = Dataset(said.dataset)
     if not len(dataset):
         raise EpisodesError(f"{said.dataset}: has no episode yet")
+    if said.out and said.out.suffix.lower() not in _PICTURES:
+        raise EpisodesError(f"--out {said.out}: name a file that ends in {', '.join(_PICTURES)}")
     if said.episode is None:
         out = said.out or Path(f"{dataset.root.resolve().name}.png")
         strips = []

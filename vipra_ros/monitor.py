@@ -35,6 +35,7 @@ class Status:
     level: int  # 0 ok, 1 warning, 2 error, 3 stale
     message: str
     values: dict[str, str] = field(default_factory=dict)
+    heard_s: float = field(default_factory=time.monotonic)
 
     def number(self, key: str) -> float | None:
         """Value of `key` as a number, None when it is absent or none."""

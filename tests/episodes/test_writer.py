@@ -14,9 +14,10 @@ import pytest
 
 from episodes import writer as writing
 from episodes.layout import EpisodesError
+from episodes.merge import merge
 from episodes.reader import Dataset
 from episodes.video import VideoError
-from episodes.writer import Writer
+from episodes.writer import Writer, finish_interrupted
 from tests.episodes import samples
 from tests.episodes.samples import CAMERA
 
@@ -109,6 +110,38 @@ def test_a_crash_between_any_two_moves_loses_at_most_the_running_episode(tmp_pat
         assert again.episodes == 1 + saved
         samples.record(again, again.episodes)
     assert_whole(tmp_path / "d", 2 + saved)
+
+
+def test_an_interrupted_save_is_finished_before_it_is_copied(tmp_path, monkeypatch):
+    writer = samples.create(tmp_path / "d")
+    samples.record(writer, 0)
+    settle = writing._settle
+
+    def crash(root):
+        if (root / ".saved").is_dir():
+            raise Crash
+        settle(root)
+
+    monkeypatch.setattr(writing, "_settle", crash)
+    with pytest.raises(Crash):
+        samples.record(writer, 1)
+    monkeypatch.undo()
+    finish_interrupted(tmp_path / "d")  # the writer is at work: it is left to it
+    assert len(Dataset(tmp_path / "d")) == 1
+    os.close(writer._lock)  # as the end of the process does
+    assert merge([tmp_path / "d", tmp_path / "d"], tmp_path / "both") == 4
+    assert_whole(tmp_path / "d", 2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_video_that_got_damaged_keeps_no_new_episode_from_being_saved(tmp_path, damage):
+    with samples.create(tmp_path / "d") as writer:
+        samples.record(writer, 0)
+        (old,) = (tmp_path / "d" / "videos").rglob("*.mp4")
+        old.write_bytes(old.read_bytes()[:300]) if damage == "cut" else old.unlink()
+        samples.record(writer, 1)
+    data = Dataset(tmp_path / "d")
+    assert len(data) == 2 and samples.bar_at(data.frames(1, CAMERA, [3])[0]) == 3
 
 
 RECORDER = """

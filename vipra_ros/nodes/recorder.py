@@ -163,6 +163,13 @@ class RecorderNode(Node):
                 throttle_duration_sec=5.0,
             )
             return
+        if message.step != 3 * message.width or len(message.data) != message.step * message.height:
+            self.get_logger().error(
+                f"pictures have rows of {message.step} bytes and {len(message.data)} bytes in all, expected "
+                f"{3 * message.width} and no padding: they are not recorded",
+                throttle_duration_sec=5.0,
+            )
+            return
         rgb = np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
         self._synchronizer.add_picture(rgb, seconds(message.header.stamp))
 

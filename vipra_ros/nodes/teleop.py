@@ -54,6 +54,7 @@ TICK_S = 0.01
 STATUS_S = 0.1
 LEASE_TIMEOUT_S = 2.0  # wall time for the arms to answer
 AGAIN_S = 0.7  # wall time after a pause in which another press, a bounce say, does not couple
+TRIGGER_SILENT_S = 1.0
 FROZEN_S = 3.0  # a leader whose samples have not changed for this long is told
 _LEVELS = {
     State.OFF: DiagnosticStatus.OK,
@@ -122,7 +123,7 @@ class TeleopNode(Node):
                 on_joints = partial(self._on_joints, arm, topic)
                 self._listen(JointState, f"/{arm}/{topic}", on_joints)
         self._readers: dict[str, Reader] = {}
-        self._triggers: dict[str, float] = {}
+        self._triggers: dict[str, tuple[float, float]] = {}  # opening, wall time
         self._stamps = {arm: Stamps() for arm in self._arms}
         if self._config.source == "dynamixel":
             self._read_servos()
@@ -151,7 +152,7 @@ class TeleopNode(Node):
             self._listen(
                 Float32,
                 f"{prefix}/gripper/gripper_client/target_gripper_width_percent",
-                lambda m, arm=arm: self._triggers.__setitem__(arm, m.data),
+                lambda m, arm=arm: self._triggers.__setitem__(arm, (m.data, time.monotonic())),
             )
 
     def _listen(self, kind: type, topic: str, callback) -> None:
@@ -172,7 +173,8 @@ class TeleopNode(Node):
             return
         t = self._stamps[arm].map(seconds(message.header.stamp), self._clock.now())
         joints = [message.position[row[0]] for row in rows]
-        self._teleop.add(arm, t, joints, self._triggers.get(arm))
+        trigger = None if self._trigger_silent(arm) else self._triggers.get(arm, (None,))[0]
+        self._teleop.add(arm, t, joints, trigger)
         self._tick()  # at once: waiting for the timer would only add latency
 
     # --- arms
@@ -421,9 +423,13 @@ class TeleopNode(Node):
         status.values = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
         return status
 
+    def _trigger_silent(self, arm: str) -> bool:
+        """Its topic came once and comes no more: the hand keeps what it was told."""
+        return arm in self._triggers and time.monotonic() - self._triggers[arm][1] > TRIGGER_SILENT_S
+
     def _leader_text(self, arm: str, age: float) -> str:
         if age <= self._config.lost_after_s:
-            return "ok"
+            return "ok, its trigger is silent" if self._trigger_silent(arm) else "ok"
         reader = self._readers.get(arm)
         return (reader.problem if reader else "") or "silent"
 

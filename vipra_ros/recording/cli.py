@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from config.recording import FIRST_SEED
-from vipra_ros.recording.keyboard import END, HELP, Repeats, raw_keys, read_key, verb
+from vipra_ros.recording.keyboard import END, HELP, Repeats, forget_typed, raw_keys, read_key, verb
 
 EPILOG = f"""\
 Camera, arms and leaders have to run:  vipra up teleop robot:=sim_single --start
@@ -23,6 +23,7 @@ A foot pedal that types a space starts and stops. Record 100 to 200 demonstratio
 Without a folder, the recorder that runs already is used (vipra up teleop ... dataset:=FOLDER).
 """
 _READY_S = 60.0
+SILENT_S = 2.0  # its status comes five times a second
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +128,12 @@ def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
             elif values["set_up"] != laid_out:
                 laid_out = values["set_up"]
                 say(set_up(values))
-            show(line(values))
+            silent_s = time.monotonic() - status.heard_s
+            show(
+                f"the recorder is silent for {silent_s:.0f} s: look at it"
+                if silent_s > SILENT_S
+                else line(values)
+            )
             key = "q" if interrupted and interrupted.pop() else _pressed(repeats, now)
             if not key:
                 continue
@@ -151,6 +157,8 @@ def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
                 say(told)
             except CallFailed as error:
                 say(str(error).removeprefix(f"/recorder/{asked}: "))
+            forget_typed()  # a key held down meanwhile is no second wish
+            repeats.repeated(key, now())
 
 
 def _pressed(repeats: Repeats, now: Callable[[], float]) -> str:

@@ -58,6 +58,14 @@ def read_key(timeout_s: float, file=sys.stdin) -> str:
     return data.decode(errors="replace") if data else END
 
 
+def forget_typed(file=sys.stdin) -> None:
+    """Drop the keys that were pressed while nobody read them, where `file` is a terminal."""
+    if file.isatty():
+        import termios
+
+        termios.tcflush(file, termios.TCIFLUSH)
+
+
 def skip_sequence(file) -> None:
     """Read what an arrow or function key sends after its escape character."""
     while select.select([file], [], [], _SEQUENCE_S)[0] and os.read(file.fileno(), 32):

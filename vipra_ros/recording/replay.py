@@ -89,6 +89,7 @@ class Replayer:
         self._before = ""  # the refusal that stood when the lease was new
         self._sent: set[int] = set()  # sequence numbers; refusals of others are another commander's
         self._tracks = {arm: Track() for arm in self._arms}
+        self._tracking = threading.Lock()  # samples come in another thread
         self._context = rclpy.Context()
         rclpy.init(args=[], context=self._context, signal_handler_options=SignalHandlerOptions.NO)
         self._node = rclpy.create_node("replay", context=self._context)
@@ -132,15 +133,18 @@ class Replayer:
 
     def _on_joints(self, arm: str, message) -> None:
         stamp = message.header.stamp
-        self._tracks[arm].add(stamp.sec + 1e-9 * stamp.nanosec, np.array(message.position))
+        with self._tracking:
+            self._tracks[arm].add(stamp.sec + 1e-9 * stamp.nanosec, np.array(message.position))
 
     def _known_s(self) -> float:
         """Up to when every arm's joints are known, executor time."""
-        return min(track.newest_s for track in self._tracks.values())
+        with self._tracking:
+            return min(track.newest_s for track in self._tracks.values())
 
     def _measured(self, t: float | None = None) -> np.ndarray:
         """Measured vector [D], now or at executor time `t`."""
-        return np.concatenate([k.at(k.newest_s if t is None else t)[0] for k in self._tracks.values()])
+        with self._tracking:
+            return np.concatenate([k.at(k.newest_s if t is None else t)[0] for k in self._tracks.values()])
 
     def _send(self, chunk: Chunk | None, seq: int) -> None:
         from vipra_ros.nodes.messages import parts

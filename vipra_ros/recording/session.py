@@ -20,6 +20,7 @@ from vipra_ros.recording.worker import Worker
 
 FRESH_S = 0.5  # a stream without a sample for this long is silent
 LOST_S = 2.0  # silent for this long, it ends the episode
+AHEAD_S = 0.1  # a stamp this far ahead of now is not on this clock
 HELD_S = 0.5  # arms that nobody commands for this long flag the episode
 WAITING = "waiting for camera and arms"
 # Kinds that need a second ~/keep.
@@ -198,6 +199,7 @@ class Session:
     def warnings(self, now: float) -> list[str]:
         """What the operator should know now."""
         found = [f"{stream} is silent" for stream in self._silent(now, FRESH_S)]
+        found += filter(None, [self._ahead(now)])
         if self._free(now) < self._config.reserve_mb:
             found.append(f"disk nearly full: {self._free_mb:.0f} MB left at {self._root}")
         if self._arms[0] in _STOPPED:
@@ -227,6 +229,8 @@ class Session:
         silent = self._silent(now, FRESH_S)
         if silent:
             raise Refused(f"nothing comes on {', '.join(silent)}: are camera and arms running (vipra up)?")
+        if ahead := self._ahead(now):
+            raise Refused(ahead)
         if self._arms[0] in _STOPPED:
             raise Refused(f"the arms are stopped ({self._arms[1]}): vipra recover first")
         self._disk_at = -np.inf
@@ -260,6 +264,9 @@ class Session:
         if self._synchronizer.jumped:
             self._events.append(Finding("lost", "the clock began anew", self.frames, self.frames))
             self._finish("ended: the clock began anew")
+        elif ahead := self._ahead(now):
+            self._events.append(Finding("lost", ahead, self.frames, self.frames))
+            self._finish(f"ended: {ahead}")
         elif silent:
             text = f"nothing came on {', '.join(silent)} for {LOST_S:g} s"
             self._events.append(Finding("lost", text, self.frames, self.frames))
@@ -287,6 +294,7 @@ class Session:
 
     def _finish(self, why: str) -> None:
         self._synchronizer.end()
+        self._worker.finish()
         self.state, self.message = State.FINISHING, why
 
     def _judge(self) -> None:
@@ -325,6 +333,16 @@ class Session:
         self._worker.discard()
         self._errors = []
         self.state, self.message = State.IDLE, message
+
+    def _ahead(self, now: float) -> str:
+        """Which stream is stamped by another clock; "" if none. What came late by it nobody could tell."""
+        for stream, newest_s in self._synchronizer.newest_s().items():
+            if newest_s > now + AHEAD_S:
+                return (
+                    f"{stream} is stamped {newest_s - now:.1f} s ahead of this clock: run camera, arms and "
+                    "recorder on this machine, with the same robot file"
+                )
+        return ""
 
     def _silent(self, now: float, limit_s: float) -> list[str]:
         """Streams without a sample for longer than `limit_s`."""

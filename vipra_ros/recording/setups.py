@@ -50,6 +50,6 @@ def read(config: Recording, robot: Robot) -> Setups:
         trial = make_trial(task, config.first_seed + number, template=None)
         return Setup(trial.instruction, (task.protocol.set_up, *placing(trial), task.protocol.reset))
 
-    for number in range(config.target):  # not in the middle of a sitting
+    for number in range(config.target + 1):  # not in the middle of a sitting; the one after it is told
         setup(number)
     return setup

@@ -170,6 +170,7 @@ class Synchronizer:
     def _trim(self) -> None:
         """Drop pictures that no tick to come can use."""
         due = np.inf if self._start_s is None else self._start_s + self._tick * self.period_s
+        due = max(due, self._pictures[-1][0] - KEPT_S) if self._pictures else due
         while len(self._pictures) > 1 and self._pictures[1][0] <= due:
             self._pictures.popleft()
 

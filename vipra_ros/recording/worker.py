@@ -48,6 +48,13 @@ class Worker:
         self.broken = False  # frames could not be written: the episode cannot be saved
         self._dropping = False  # what fails from now on belongs to an episode that is discarded
         self.episodes = writer.episodes
+        self._carry_out = {
+            "frame": self._write,
+            "finish": writer.finish,
+            "save": self._save,
+            "discard": self._drop,
+            "close": writer.close,
+        }
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
@@ -62,6 +69,10 @@ class Worker:
             return False
         self._order("frame", frame, task)
         return True
+
+    def finish(self) -> None:
+        """No more frames: complete the videos while there is room on the disk."""
+        self._order("finish")
 
     def save(self) -> None:
         """Make what was put an episode. Once nothing waits, `error` tells whether it worked."""
@@ -108,10 +119,7 @@ class Worker:
                 self._working = True
                 order, *given = self._orders.popleft()
             try:
-                if order == "close":
-                    self._writer.close()
-                    return
-                {"frame": self._write, "save": self._save, "discard": self._drop}[order](*given)
+                self._carry_out[order](*given)
             except Exception as error:  # whatever it is: the operator must read it, and the thread live on
                 text = " ".join(str(error).split()) or type(error).__name__
                 with self._ready:
@@ -120,6 +128,8 @@ class Worker:
                         self.broken |= order == "frame" or isinstance(error, VideoError)
             finally:
                 self._working = False
+            if order == "close":
+                return
 
     def _write(self, frame: Frame, task: str) -> None:
         if self.broken:

@@ -21,8 +21,7 @@ from std_msgs.msg import Float32
 
 from config.loading import load
 from config.teleop import Teleop
-from episodes import layout
-from episodes.reader import Dataset
+from episodes.writer import saved_episodes
 from simulation.control import SimulationControl
 from simulation.demonstrate import SETTLE_S, lead
 from simulation.experts.ik import HandIK
@@ -136,8 +135,8 @@ class Leaders:
 
     def play(self, motion: Iterator[Command], check: Callable[[], None]) -> None:
         """Go through `motion`, one command a sample, then hold its last. Raises what it or `check` raises."""
-        self._done.clear()
         self._error, self._motion = None, motion
+        self._done.clear()  # after: the end of the one before would count as this one's
         try:
             while not self._done.wait(0.1):
                 check()
@@ -343,7 +342,7 @@ def demonstrate(wanted: Wanted, robot: str, task_file: str, root: Path, tell: Ca
     graph of its own, anew where a trial has objects of other shapes. Raises ExpertFailed, ProcessError,
     ConfigError.
     """
-    begun = len(Dataset(root)) if (root / layout.INFO).is_file() else 0
+    begun = saved_episodes(root)
     missing = range(begun, wanted.episodes)
     for _, numbers in itertools.groupby(missing, lambda n: wanted.trial(n).workcell.shapes):
         first, *others = numbers

@@ -49,17 +49,14 @@ class Teleoperation:
         low: np.ndarray,
         high: np.ndarray,
         half_open: float = 0.5,
-        acceleration: float = 4.0,
     ):
-        """`half_open`: an opening that neither opens nor closes a hand; `acceleration`: rad/s2 of the command
-        while following.
-        """
+        """`half_open`: an opening that neither opens nor closes a hand."""
         self.config, self.arms = config, arms
         self.state, self.reason = State.OFF, "off: ~/start couples the arms to their leaders"
         self.samples = {arm: Samples(config) for arm in arms}
         self._hands = np.array(hands)
         self._low, self._high = low, high
-        self._half_open, self._acceleration = half_open, acceleration
+        self._half_open = half_open
         self._seq = 0
         self._k = 0
         self._q = self._v = self._before = np.zeros(len(low))
@@ -173,8 +170,8 @@ class Teleoperation:
             fastest, acceleration = config.align_velocity_rad_s, config.align_acceleration_rad_s2
         else:
             wish = (leader - self._before) / h
-            wish += _approach(self._before - self._q, CATCH_UP_S, 0.5 * self._acceleration)
-            fastest, acceleration = config.velocity_rad_s, self._acceleration
+            wish += _approach(self._before - self._q, CATCH_UP_S, 0.5 * config.acceleration_rad_s2)
+            fastest, acceleration = config.velocity_rad_s, config.acceleration_rad_s2
         wish = np.clip(wish, -fastest, fastest)
         velocity = self._v + np.clip(wish - self._v, -acceleration * h, acceleration * h)
         command = self._within(self._q + velocity * h)

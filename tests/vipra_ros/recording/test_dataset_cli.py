@@ -2,8 +2,10 @@
 
 import json
 import sys
+from pathlib import Path
 from unittest.mock import create_autospec
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -201,6 +203,78 @@ def test_a_camera_of_another_rate_is_found_and_one_that_drifts_is_not(camera_hz,
     seen = Trace(FPS, NAMES, capture, np.zeros(600), q, q, np.full(600, 50.0))
     found = quality.inspect(seen, Quality())
     assert [f.kind for f in found if f.kind != "idle"] == kinds
+
+
+def test_a_hand_that_moved_during_a_pause_is_a_gap():
+    t = np.arange(30) / FPS
+    q = np.stack([motion(x) for x in t])
+    q[15:] = q[15]
+    for values in ("state", "action"):
+        seen = {"state": q, "action": q} | {values: q + np.outer(np.arange(30) > 15, np.arange(8) == 7)}
+        trace = Trace(
+            FPS, NAMES, t + np.where(t > 1, 20.0, 0.0), np.zeros(30), change=np.full(30, 50.0), **seen
+        )
+        found = [f for f in quality.inspect(trace, Quality()) if f.kind in ("gap", "pause")]
+        assert [(f.kind, f.problem) for f in found] == [("gap", True)]
+
+
+@pytest.mark.parametrize(("every", "found"), [(1, 0), (6, 0), (3, 1), (2, 1)])
+def test_a_camera_that_repeats_pictures_while_an_arm_moves_is_found(every, found):
+    """`every` how many pictures a copy comes; one in six is let pass."""
+    rows = np.arange(90)
+    q = np.stack([motion(i / FPS) for i in rows])
+    q[60:] = q[60]  # at rest a simulated camera repeats itself, and rightly
+    copy = (rows % every == 1) if every > 1 else np.zeros(90, bool)
+    change = np.where(copy | (rows > 60), 0.0, 40.0)
+    seen = Trace(FPS, NAMES, rows / FPS, np.zeros(90), q, q, change)
+    frozen = [f for f in quality.inspect(seen, Quality()) if f.kind == "frozen"]
+    assert len(frozen) == found
+    assert all("pictures equal the one before" in f.text and f.last < 75 for f in frozen)
+
+
+@pytest.mark.parametrize("crf", [23, 30])
+def test_a_frozen_camera_is_found_in_compressed_photographs(tmp_path, crf):
+    """Key frames of one and the same picture differ."""
+    photo = Path(matplotlib.__file__).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+    with Image.open(photo) as image:
+        wide = np.asarray(image.convert("RGB").resize((640, 754)))[100:460]
+    features = demonstration.features(NAMES, 360, 640)
+    with Writer.create(tmp_path / "d", FPS, features, "franka_single", crf=crf) as writer:
+        for i in range(45):
+            row = {
+                demonstration.CAMERA: np.roll(wide, 5 * (10 if 10 <= i < 30 else i), 1),
+                demonstration.STATE: motion(i / FPS),
+                demonstration.ACTION: motion(i / FPS),
+                demonstration.CAPTURE: [i / FPS],
+                demonstration.SYNC: [0.003],
+            }
+            writer.add(row, "stack")
+        writer.save()
+    data = Dataset(tmp_path / "d")
+    (found,) = [f for f in quality.inspect(dataset_cli.trace(data, 0), Quality()) if f.kind == "frozen"]
+    assert abs(found.first - 10) <= 1 and abs(found.last - 29) <= 1
+
+
+def test_what_a_newcomer_may_type_or_have_ends_in_a_line(tmp_path, capsys):
+    root = tmp_path / "d"
+    write(root, (clean(0.0), 30), (clean(10.0), 30), task="put the [left] cup on [/b]")
+    assert dataset_cli.main(["check", str(root)]) == dataset_cli.main(["stats", str(root)]) == 0
+    assert "put the [left] cup on [/b]" in capsys.readouterr().out
+    for number in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            dataset_cli.main(["view", str(root), "--columns", number])
+    assert "is not a whole number from 1 on" in capsys.readouterr().err
+    with pytest.raises(EpisodesError, match=r"--out sheet.foo: name a file that ends in .png"):
+        dataset_cli.main(["view", str(root), "--out", "sheet.foo"])
+    info = json.loads((root / layout.INFO).read_text())
+    info["features"]["action"]["names"] = None
+    (root / layout.INFO).write_text(json.dumps(info))
+    assert dataset_cli.main(["stats", str(root)]) == 0
+    assert "dimension 7" in capsys.readouterr().out
+    (file,) = (root / "data").rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:1000])
+    status, found = kinds(root)
+    assert status == 1 and found == {0: {"unreadable"}, 1: {"unreadable"}}
 
 
 def test_stats_view_and_merge(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,13 @@ from config.loading import ConfigError, parse
 from config.recording import Recording
 from vipra_ros.monitor import CallFailed
 from vipra_ros.recording import cli
-from vipra_ros.recording.keyboard import read_key, verb
+from vipra_ros.recording.keyboard import forget_typed, raw_keys, read_key, verb
 
 
 class Recorder:
     """A monitor that knows one recorder; at each look at its status the next thing of `script` happens."""
+
+    silent_s = 0.0
 
     def __init__(self, state: str, *script):
         self.state, self.looks, self.calls, self._script = state, 0, [], iter(script)
@@ -25,6 +28,7 @@ class Recorder:
         if signal_ := next(self._script, None):
             os.kill(os.getpid(), signal_)
         return SimpleNamespace(
+            heard_s=time.monotonic() - self.silent_s,
             values={
                 "state": self.state,
                 "message": "",
@@ -37,7 +41,7 @@ class Recorder:
                 "warnings": "",
                 "task": "stack the cups",
                 "set_up": "",
-            }
+            },
         )
 
     def call(self, service, timeout_s):
@@ -75,13 +79,68 @@ class Called(Recorder):
 @pytest.mark.parametrize("key, held", [("k", ["/recorder/keep"]), ("q", [])])
 def test_a_key_that_is_held_down_confirms_nothing(key, held, monkeypatch, capsys):
     """Repeated thirty times a second after half a second, then, after a pause, pressed again."""
-    clock = iter([0.0, 0.5, *np.arange(0.53, 1.5, 0.03), 3.0])
-    keys = iter([key] * 36 + ["\x04"] * 2)
-    monkeypatch.setattr(cli, "read_key", lambda timeout_s: next(keys))
+    clock = [0.0]
+    keys = [(t, key) for t in (0.0, 0.5, *np.arange(0.53, 1.5, 0.03), 3.0)] + [(4.0, "\x04"), (4.1, "\x04")]
+
+    def read_key(timeout_s):
+        clock[0], pressed = keys.pop(0)
+        return pressed
+
+    monkeypatch.setattr(cli, "read_key", read_key)
     recorder = Called("PENDING")
-    assert cli.run(recorder, now=lambda: next(clock)) == 0
+    assert cli.run(recorder, now=lambda: clock[0]) == 0
     assert recorder.calls == [*held * 2, "/recorder/discard"]
     assert ("flagged" in capsys.readouterr().out) == (key == "k")
+
+
+def test_a_key_held_down_while_the_recorder_takes_its_time_is_no_second_wish(monkeypatch):
+    """Each of them is read only after the answer, a second later."""
+    clock = [0.0]
+    terminal = [(t, "k") for t in np.arange(0.0, 1.2, 0.03)] + [(9.0, "\x04"), (9.1, "\x04")]
+
+    def read_key(timeout_s):
+        pressed, key = terminal.pop(0)
+        clock[0] = max(clock[0], pressed)
+        return key
+
+    def forget_typed():
+        while terminal[0][0] < clock[0]:
+            terminal.pop(0)
+
+    class Slow(Called):
+        def call(self, service, timeout_s):
+            clock[0] += 1.0
+            return super().call(service, timeout_s)
+
+    monkeypatch.setattr(cli, "read_key", read_key)
+    monkeypatch.setattr(cli, "forget_typed", forget_typed)
+    recorder = Slow("PENDING")
+    assert cli.run(recorder, now=lambda: clock[0]) == 0
+    assert recorder.calls == ["/recorder/keep", "/recorder/discard"]
+
+
+def test_keys_pressed_while_nobody_read_are_dropped_at_a_terminal_only(tmp_path):
+    leader, follower = os.openpty()
+    with os.fdopen(follower, "rb", buffering=0) as terminal, raw_keys(terminal):
+        os.write(leader, b"kkk")
+        assert read_key(5.0, terminal) == "k"
+        forget_typed(terminal)
+        assert read_key(0.05, terminal) == ""
+    os.close(leader)
+    (tmp_path / "keys").write_bytes(b"kd")
+    with (tmp_path / "keys").open("rb", buffering=0) as script:
+        forget_typed(script)
+        assert read_key(1.0, script) == "k", "what a script types is meant"
+
+
+def test_a_recorder_that_fell_silent_is_told(monkeypatch):
+    shown = []
+    monkeypatch.setattr(cli, "show", shown.append)
+    monkeypatch.setattr(cli, "read_key", lambda timeout_s: "\x04")
+    recorder = Recorder("RECORDING")
+    recorder.silent_s = 3.2
+    assert cli.run(recorder) == 0
+    assert shown[0] == "the recorder is silent for 3 s: look at it"
 
 
 def test_an_arrow_or_function_key_means_nothing(tmp_path):

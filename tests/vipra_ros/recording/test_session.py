@@ -1,5 +1,6 @@
 """A sitting from start to dataset: what is kept, what is flagged, what survives trouble."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -28,6 +29,7 @@ from tests.vipra_ros.recording.streams import (
     capture_of,
     commanded,
     measured,
+    picture,
 )
 from vipra_ros.process import wait_for
 from vipra_ros.recording import setups
@@ -100,6 +102,16 @@ def test_it_is_ready_once_every_stream_has_come(rig):
     assert early.message == "waiting for camera and arms"
     with pytest.raises(Refused, match="nothing comes on front camera"):
         early.start(rig.streams.now)
+
+
+@contextlib.contextmanager
+def full_disk():
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))  # as a full disk does
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
 
 @pytest.fixture
@@ -300,14 +312,12 @@ def test_a_save_that_fails_can_be_tried_again(rig, monkeypatch):
 
 
 def test_an_episode_whose_video_could_not_be_completed_is_never_saved(rig):
-    rig.record(0.5)
-    most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))  # as a full disk does
-    try:
-        assert rig.keep() is State.PENDING
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, most)
-    assert "not saved: the episode's video could not be completed" in rig.session.message
+    rig.session.start(rig.streams.now)
+    rig.run(0.5)
+    with full_disk():
+        rig.session.stop()
+        assert rig.settle() is State.PENDING
+    assert "the episode's video could not be completed" in rig.session.warnings(rig.streams.now)[0]
     with pytest.raises(Refused, match=r"cannot be kept: .*: discard it"):
         rig.session.keep()
     rig.session.discard()
@@ -315,6 +325,30 @@ def test_an_episode_whose_video_could_not_be_completed_is_never_saved(rig):
     assert rig.keep() is State.IDLE
     data = Dataset(rig.root)
     assert len(data.frames(0, demonstration.CAMERA, range(data.rows[0].length))) == rig.session.frames
+
+
+def test_a_disk_that_fills_before_the_episode_is_kept_costs_nothing(rig):
+    rig.record(0.5)
+    with full_disk():
+        assert rig.keep() is State.PENDING
+    assert "free the disk and keep again" in rig.session.message
+    assert rig.keep() is State.IDLE
+    data = Dataset(rig.root)
+    assert len(data.frames(0, demonstration.CAMERA, range(data.rows[0].length))) == rig.session.frames
+
+
+@pytest.mark.parametrize("ahead_s", [0.3, 1.7e9])
+def test_pictures_stamped_by_another_clock_are_not_recorded(rig, ahead_s):
+    rig.session.start(rig.streams.now)
+    rig.run(1.0)
+    rig.synchronizer.add_picture(picture(0.0), rig.streams.now + ahead_s)
+    rig.session.poll(rig.streams.now)
+    assert rig.settle() is State.PENDING
+    assert [f.kind for f in rig.session.flags] == ["lost"]
+    assert f"front camera is stamped {ahead_s:.1f} s ahead of this clock" in rig.session.message
+    rig.session.discard()
+    with pytest.raises(Refused, match="front camera is stamped"):
+        rig.session.start(rig.streams.now)
 
 
 def test_an_encoder_that_is_too_slow_ends_the_episode_and_flags_it(rig, monkeypatch):

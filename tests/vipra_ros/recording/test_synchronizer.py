@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.vipra_ros.recording.streams import CAMERA_HZ, HANDS, Streams, capture_of, commanded, measured
-from vipra_ros.recording.synchronizer import Frame, Synchronizer, Track
+from vipra_ros.recording.synchronizer import KEPT_S, Frame, Synchronizer, Track
 
 
 def record(seconds: float = 4.0, **options) -> tuple[list[Frame], Streams, Synchronizer]:
@@ -90,6 +90,16 @@ def test_a_picture_that_comes_late_is_dropped():
     synchronizer.add_picture(np.zeros((48, 64, 3), np.uint8), streams.now - 0.2)
     assert synchronizer.newest_s() == newest
     assert not synchronizer.jumped
+
+
+def test_pictures_that_no_frame_can_use_do_not_pile_up():
+    """Stamped by another clock, they all lie ahead of what is due."""
+    synchronizer = Synchronizer(15.0, 30.0, {"right": True})
+    synchronizer.begin()
+    for i in range(300):
+        synchronizer.add_picture(np.zeros((4, 4, 3), np.uint8), 1.7e9 + i / 30)
+        synchronizer.take(100.0 + i / 30)
+    assert len(synchronizer._pictures) <= 30 * KEPT_S + 2
 
 
 def test_a_clock_that_begins_anew_ends_the_recording():

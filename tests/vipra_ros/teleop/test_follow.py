@@ -125,6 +125,29 @@ def test_the_arms_own_reference_stays_below_the_start_velocity_while_aligning():
 # --- following
 
 
+def test_an_arm_runs_little_past_a_leader_that_stops_at_once():
+    """From 1.4 rad/s: a person cannot, a GELLO that hits the table can. Its own limit is 10 rad/s2."""
+
+    def path(t):
+        s = max(t - 2.0, 0.0)
+        way = 3 * s**2 if s < 1.4 / 6 else 0.163 + 1.4 * (s - 1.4 / 6)
+        return HOME + np.array([min(way, 0.9), 0, 0, 0, 0, 0, 0])
+
+    rig = Rig(path=path)
+    reference = Reference(SAFETY, JointLimits.of(SAFETY, 1), rig.measured, 0.0)
+    rig.engage()
+    q, dq = [], []
+    while rig.t < 6.0:
+        rig.feed(reference)
+        for ahead in np.arange(0, PERIOD, 0.005):
+            sample = reference.sample(rig.t + ahead)
+            q.append(sample.q[0])
+            dq.append(sample.dq[0])
+    assert rig.tele.state is State.FOLLOWING and max(dq) > 1.4
+    assert max(q) - path(9.0)[0] < 0.13 and abs(q[-1] - path(9.0)[0]) < 1e-3
+    assert np.abs(np.diff(dq)).max() / 0.005 < 8.0
+
+
 def wave(t, speed=0.6):
     return HOME + 0.4 * np.sin(max(t - 2.0, 0.0) * speed / 0.4) * min(max(t - 2.0, 0.0), 1.0)
 

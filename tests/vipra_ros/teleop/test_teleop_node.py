@@ -64,7 +64,8 @@ class Gello:
                 sec, nanosec = to_stamp(time.time() + self.stamp_offset_s)
                 message.header.stamp.sec, message.header.stamp.nanosec = sec, nanosec
                 message.position = self.joints[arm].tolist()
-                self._triggers[arm].publish(Float32(data=self.opening[arm]))
+                if self.opening[arm] is not None:
+                    self._triggers[arm].publish(Float32(data=self.opening[arm]))
                 self._states[arm].publish(message)
 
     def close(self) -> None:
@@ -170,6 +171,9 @@ def test_starting_couples_pausing_lets_go_and_the_hands_follow(rig):
     rig.wait_state("OFF")
     rig.arms.opening = 0.86  # measured: of no interest, only what the hands were told
     told, count = rig.arms.chunks[-1][1].grippers[-1], len(rig.arms.chunks)
+    rig.gello.opening["left"] = None
+    wait_for(lambda: "left ok, its trigger is silent" in rig.value("leaders"), 20, "a silent trigger")
+    assert rig.value("left_trigger") == "" and "right ok" in rig.value("leaders")
     rig.gello.opening["left"] = 1.0
     wait_for(lambda: rig.value("left_trigger") == "1.00", 20, "the trigger let go")
     rig.start()
