@@ -42,6 +42,7 @@ from vipra_ros.robot.commands import joint_names
 
 POLL_S = 0.01
 STATUS_S = 0.2
+_SHARED = "another recorder runs in this graph: stop one of the two"
 
 
 class RecorderNode(Node):
@@ -205,9 +206,13 @@ class RecorderNode(Node):
         return response
 
     def _start(self) -> str:
-        if self.count_publishers(self._status.topic_name) > 1:  # every request would reach both
-            raise Refused("another recorder runs in this graph: stop one of the two")
+        if self._shared():
+            raise Refused(_SHARED)
         return self._session.start(self._executor_clock.now())
+
+    def _shared(self) -> bool:
+        """Whether another recorder hears every request too."""
+        return self.count_publishers(self._status.topic_name) > 1
 
     # --- session to ROS
 
@@ -228,6 +233,8 @@ class RecorderNode(Node):
         warnings = session.warnings(self._executor_clock.now())
         if self._raw and self._raw.ended:
             warnings.append(self._raw.ended)
+        if self._shared():
+            warnings.append(_SHARED)
         length, findings = session.last
         values = {
             "state": session.state.value,

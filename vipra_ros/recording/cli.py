@@ -153,12 +153,12 @@ def run(monitor, children=(), now: Callable[[], float] = time.monotonic) -> int:
                 say(f"{key!r} does nothing now ({values['state']}): {HELP}")
                 continue
             try:
-                told = monitor.call(f"/recorder/{asked}", 5.0)
-                say(told)
+                answer = told = monitor.call(f"/recorder/{asked}", 5.0)
             except CallFailed as error:
-                say(str(error).removeprefix(f"/recorder/{asked}: "))
+                answer = str(error).removeprefix(f"/recorder/{asked}: ")
             forget_typed()  # a key held down meanwhile is no second wish
             repeats.repeated(key, now())
+            say(answer)
 
 
 def _pressed(repeats: Repeats, now: Callable[[], float]) -> str:

@@ -157,6 +157,12 @@ def test_an_episode_from_the_keyboard(graph, tmp_path):
         third.wait("ready")
         third.wait(f"set up for episode 1: {trial.instruction}")
         third.wait(*placing(trial))
+        statuses = graph.collect(DiagnosticStatus, "/recorder/status", 10)
+
+        def aware() -> bool:
+            return len({s.hardware_id for s in statuses if "another recorder runs" in s.message}) == 2
+
+        wait_for(aware, 60, "the recorders knowing of each other")
         third.key(" ", "another recorder runs in this graph")
         third.key("q", "")
         assert third.end() == 0
