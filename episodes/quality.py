@@ -42,6 +42,7 @@ class Trace:
     state: np.ndarray  # [T, D] rad, opening
     action: np.ndarray  # [T, D]
     change: np.ndarray  # [T] levels, see `change`; 0 at the first frame
+    compressed: bool = False  # `change` is that of a video: what moves little may be lost in it
 
     def __len__(self) -> int:
         return len(self.capture)
@@ -164,7 +165,7 @@ def _frozen(trace: Trace, quality: Quality) -> list[Finding]:
         arm, hand = moved[trace.joints].max(initial=0), moved[~trace.joints].max(initial=0)
         if (last - first) / trace.fps <= quality.freeze_s:
             continue
-        if arm > quality.freeze_motion_rad or hand > quality.freeze_motion_opening:
+        if arm > quality.freeze_motion_rad or (hand > quality.freeze_motion_opening and not trace.compressed):
             what = f"an arm moved {arm:.2f} rad" if arm > quality.freeze_motion_rad else "a hand moved"
             text = f"camera frozen at {_at(trace, first, last)} while {what}"
             found.append(Finding("frozen", text, first, last))

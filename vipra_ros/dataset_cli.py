@@ -14,7 +14,7 @@ from rich.table import Table
 from config.loading import ConfigError, load, parse
 from config.recording import FIRST_SEED, Quality
 from config.safety import JointRange, Safety
-from episodes import quality
+from episodes import layout, quality
 from episodes.demonstration import ACTION, CAPTURE, STATE, SYNC
 from episodes.layout import EpisodesError
 from episodes.quality import Finding, Trace
@@ -168,6 +168,7 @@ def trace(dataset: Dataset, episode: int, pictures: bool = True) -> Trace:
         state=state,
         action=action,
         change=changes(dataset, episode) if pictures and dataset.cameras else np.full(length, np.inf),
+        compressed=_compressed(dataset),
     )
 
 
@@ -180,19 +181,24 @@ def _names(dataset: Dataset) -> tuple[str, ...]:
 def changes(dataset: Dataset, episode: int) -> np.ndarray:
     """Change of each picture of the first camera to the one before [T], see `quality.change`.
 
-    In a video of copies every key frame looks a little different: a picture has changed once it differs from
-    those a whole group of pictures (two, as in `episodes.video`) around it.
+    In a video of copies every key frame looks a little different: a picture there has changed once it differs
+    from both of its neighbours.
     """
-    length, before = dataset.rows[episode].length, None
+    length, camera, before = dataset.rows[episode].length, dataset.cameras[0], None
     found = np.zeros(length)
     for first in range(0, length, _AT_ONCE):
         some = range(first, min(first + _AT_ONCE, length))
-        for i, rgb in zip(some, dataset.frames(episode, dataset.cameras[0], some), strict=True):
+        for i, rgb in zip(some, dataset.frames(episode, camera, some), strict=True):
             found[i] = 0.0 if before is None else quality.change(before, rgb)
             before = rgb
-    if length > 2 and dataset.cameras[0] in dataset.rows[episode].videos:
+    if length > 2 and _compressed(dataset):
         found[1:] = np.minimum(found[1:], np.append(found[2:], found[-2]))
     return found
+
+
+def _compressed(dataset: Dataset) -> bool:
+    """Whether the first camera's pictures are a video."""
+    return bool(dataset.cameras) and dataset.cameras[0] in layout.keys(dataset.info, "video")
 
 
 def inspect(
