@@ -360,7 +360,7 @@ class PolicyClient:
         try:
             if self._embodiment is not None:
                 check(metadata, self._embodiment)
-            if self._first is not None:
+            elif self._first is not None:
                 names = ("embodiment", "action_names", "units", "horizon", "image_size", "needs_state")
                 problems = _differences(metadata, {name: getattr(self._first, name) for name in names})
                 if problems:

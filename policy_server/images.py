@@ -5,6 +5,8 @@ import numpy as np
 
 from config.embodiment import Crop
 
+_SOS = 0xDA  # start of scan
+
 
 def cut(rgb: np.ndarray, crop: Crop | None) -> np.ndarray:
     """The part `crop` of pictures [..., h, w, 3], as a view; all of them without one.
@@ -55,13 +57,23 @@ def decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """(h, w) from the frame header (ITU-T T.81 B.2.2). Raises ValueError where there is none."""
+    """(h, w) from the frame header (ITU-T T.81 B.2.2). Raises ValueError where there is none.
+
+    Sequential and in one scan, as cameras and encoders write them: each scan of a progressive file may make a
+    decoder go through the whole picture, and a few bytes make one.
+    """
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         raise ValueError("not a complete JPEG")
-    at = 2
+    at, size = 2, None
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _SOS:
+            if size is None or data.find(bytes((0xFF, _SOS)), at + 2) >= 0:
+                break
+            return size
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0..15 without DHT, JPG, DAC
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            if marker > 0xC1:
+                raise ValueError("JPEG is not sequential: encode it as baseline")
+            size = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
         at += 2 + max(length, 2)
-    raise ValueError("JPEG without a frame header")
+    raise ValueError("JPEG without a frame header, or with more than one scan")

@@ -141,11 +141,13 @@ def _verdict(result: Result, metadata: protocol.Metadata) -> Result | Failure:
         fields = {"shape": list(actions.shape), "dtype": str(actions.dtype)}
         log.error("the policy's actions have the wrong shape or dtype", extra={"fields": fields})
         return _failure("inference_failed")
+    with np.errstate(over="ignore"):  # too large for float32 is infinite
+        actions = actions.astype(np.float32, copy=False)
     if not np.isfinite(actions).all():
         log.error("the policy's actions hold NaN or infinity")
         return _failure("non_finite")
     timing = {name: float(result.timing.get(name, 0.0)) for name in ("encode", "prefill", "integrate")}
-    return Result(actions.astype(np.float32, copy=False), timing, result.prefetched)
+    return Result(actions, timing, result.prefetched)
 
 
 def _failure(code: protocol.ErrorCode) -> Failure:

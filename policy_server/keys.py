@@ -5,6 +5,7 @@ may connect. A robot holds its own `<name>.key_secret` and the server's `server.
 authentication are ZeroMQ's (RFC 26, CurveZMQ).
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -14,6 +15,7 @@ import zmq
 import zmq.auth
 
 SERVER = "server"
+log = logging.getLogger("policy_server")
 
 
 class KeyFileError(ValueError):
@@ -64,21 +66,29 @@ class AllowedClients:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
+        self._told: set[Path] = set()
 
     def names(self) -> dict[bytes, str]:
-        """Public key -> name."""
-        names = {}
-        for path in sorted(self.folder.glob("*.key")):
-            if path.stem != SERVER:
-                names[load_public(path)] = path.stem
-        return names
+        """Public key -> name. Raises KeyFileError."""
+        return {load_public(path): path.stem for path in self._paths()}
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """ZAP's question: may the client with this Z85 public key connect?"""
-        try:
-            return key in self.names()
-        except KeyFileError:
-            return False  # an unreadable file lets nobody in; the server checks all of them when it starts
+        """ZAP's question: may the client with this Z85 public key connect?
+
+        A file that cannot be read lets nobody in, and keeps nobody else out; it is told once.
+        """
+        for path in self._paths():
+            try:
+                if load_public(path) == key:
+                    return True
+            except KeyFileError as error:
+                if path not in self._told:
+                    self._told.add(path)
+                    log.error("%s", error)
+        return False
+
+    def _paths(self) -> list[Path]:
+        return [path for path in sorted(self.folder.glob("*.key")) if path.stem != SERVER]
 
 
 def _load(path: str | Path) -> tuple[bytes, bytes | None]:

@@ -260,23 +260,30 @@ class Server:
         for entry, outcome in done.outcomes:
             if wanted.get(entry.key) is not entry:
                 continue  # cancelled meanwhile
-            if isinstance(outcome, Result):
-                queued_ms, total_ms = (done.started - entry.received) * 1e3, (now - entry.received) * 1e3
-                self.record.counts["prefetch_hit"] += outcome.prefetched
-                self.record.latency_ms.append(total_ms)
-                self.record.queue_ms.append(queued_ms)
-                self._reply(
-                    entry.key.client,
-                    protocol.Chunk(
-                        session=entry.key.session,
-                        seq=entry.seq,
-                        t_obs=entry.t_obs,
-                        actions=outcome.actions,
-                        timing=protocol.Timing(queue=max(0.0, queued_ms), total=total_ms, **outcome.timing),
-                    ),
-                )
-            else:
-                self._refuse(entry, outcome.code, outcome.message)
+            try:
+                self._answered(entry, outcome, done, now)
+            except Exception:  # a defect: whatever it is, the others are served on
+                log.exception("an answer could not be sent")
+                self._refuse(entry, "internal")
+
+    def _answered(self, entry: Entry, outcome: Result | inference.Failure, done: Done, now: float) -> None:
+        if isinstance(outcome, Result):
+            queued_ms, total_ms = (done.started - entry.received) * 1e3, (now - entry.received) * 1e3
+            self.record.counts["prefetch_hit"] += outcome.prefetched
+            self.record.latency_ms.append(total_ms)
+            self.record.queue_ms.append(queued_ms)
+            self._reply(
+                entry.key.client,
+                protocol.Chunk(
+                    session=entry.key.session,
+                    seq=entry.seq,
+                    t_obs=entry.t_obs,
+                    actions=outcome.actions,
+                    timing=protocol.Timing(queue=max(0.0, queued_ms), total=total_ms, **outcome.timing),
+                ),
+            )
+        else:
+            self._refuse(entry, outcome.code, outcome.message)
 
     def _pace(self, latency_s: float) -> None:
         """Follow the policy's latency with the gather window."""

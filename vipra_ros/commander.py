@@ -32,7 +32,8 @@ from vipra_ros.safety.supervisor import Supervisor
 
 ARMS_SILENT_S = 2.0  # wall time; their status comes at 20 Hz
 JOINTS_OLD_S = 0.5
-WRONG_CLOCK_S = 5.0  # a capture stamp this far from now is not on this clock
+WRONG_CLOCK_S = 5.0  # a capture stamp this much older than now is not on this clock,
+AHEAD_S = 0.1  # nor is one this far ahead
 ACKNOWLEDGE_S = 1.0  # an accepted or refused chunk shows in the arms' status within milliseconds
 GIVE_UP = 5  # failures or refusals in a row
 LATCHED = ("FAULT", "STOPPING", "STOPPED", "RECOVERING")
@@ -135,13 +136,16 @@ class Commander:
         self.arms: ArmsStatus | None = None
         self.chunk: Chunk | None = None  # the last one sent
         self.chunk_t_obs: float | None = None
+        self._chunk_before: tuple[Chunk | None, float | None] = None, None  # the one before it
+        self._failure, self._failures = "", 0  # of the last request without a chunk, and how many in a row
         self.client, self.planner = client, planner
         self._config, self._embodiment, self._names = config, embodiment, arms
         self._gate, self._clock, self._send, self._record = gate, clock, send, record
         self._history = FrameHistory(embodiment.history_seconds)
         self._wrong_clock_s: float | None = None
         self._paired_s = -np.inf  # newest picture that had its o_{t-1}
-        self._joints: dict[str, deque[tuple[float, np.ndarray]]] = {name: deque(maxlen=100) for name in arms}
+        self._joints: dict[str, deque[tuple[float, np.ndarray]]] = {name: deque() for name in arms}
+        self._joints_kept_s = config.deadline_s + 1e-3 * config.inject_latency_ms + 1.0  # an answer may take
         self._gripper = np.array([d.kind == "gripper" for d in embodiment.dimensions])
         self._hand = hands(embodiment, arms, gate.limits.size // len(arms))
         if not embodiment.stateful and gate.geometry is None:
@@ -168,14 +172,17 @@ class Commander:
         """uint8 [h, w, 3] captured at `stamp_s`; kept, not copied."""
         now = self._clock.now()
         off_s = now - stamp_s
-        self._wrong_clock_s = off_s if abs(off_s) > WRONG_CLOCK_S else None
+        self._wrong_clock_s = None if -AHEAD_S <= off_s <= WRONG_CLOCK_S else off_s
         if self._wrong_clock_s is None:
             self._history.add(rgb, stamp_s)
             self._prefetch(rgb, now)
 
     def on_joints(self, arm: str, stamp_s: float, positions: np.ndarray) -> None:
         """Measured positions of one arm: its joints, rad, and its hand's opening if the policy moves it."""
-        self._joints[arm].append((stamp_s, positions))
+        states = self._joints[arm]
+        states.append((stamp_s, positions))
+        while states[0][0] < stamp_s - self._joints_kept_s:
+            states.popleft()
 
     def on_arms(self, status: ArmsStatus) -> None:
         self.arms, self._arms_heard = status, time.monotonic()
@@ -185,8 +192,9 @@ class Commander:
     def start(self) -> None:
         """Ask for motion. `state` shows what comes of it."""
         if not self.active:
-            self.counts.in_a_row = 0
+            self.counts.in_a_row = self._failures = 0
             self.chunk = None
+            self.planner.restart()
             self._set(State.WAITING, "starting")
 
     def stop(self, reason: str = "stopped: ~/start goes on", state: State = State.IDLE) -> None:
@@ -225,11 +233,21 @@ class Commander:
             self._set(State.WAITING, "asking the arms for the lease")
         else:
             if self.state is not State.RUNNING:
-                self.planner.restart()
-                self._set(State.RUNNING, "running")
+                self.planner.resume()
+            self._set(State.RUNNING, self._running())
             self._deliver(now)
             if self.active:
                 self._ask(now)
+
+    @property
+    def failing(self) -> bool:
+        """Requests go out and come back without a chunk, again and again."""
+        return self.state is State.RUNNING and self._failures > 1
+
+    def _running(self) -> str:
+        if self._failures < 2:
+            return "running"
+        return f"no chunk from the server for {self._failures} requests: {self._failure}"
 
     def problem(self) -> Problem | None:
         """What keeps the policy from being asked now."""
@@ -321,7 +339,12 @@ class Commander:
 
     def _chunk_refused(self, seq: int, text: str) -> Problem | None:
         self._unacknowledged.pop(seq, None)
+        if seq == self.commanded:  # what runs is the one before
+            self.chunk, self.chunk_t_obs = self._chunk_before
         self._count_refusal()
+        if self._append_mode:  # asked for what follows it
+            for asked in self._open:
+                self.client.cancel(asked)
         code, _, words = text.partition(" ")
         if code in ("lease", "epoch"):
             self.lease = None
@@ -347,6 +370,7 @@ class Commander:
             if outcome.seq not in self._open:
                 continue
             if isinstance(outcome, protocol.Chunk) and self.active:
+                self._failures = 0
                 self._arrived.append((now + 1e-3 * self._config.inject_latency_ms, outcome))
             elif isinstance(outcome, protocol.Chunk):
                 self._end(outcome.seq, "dropped", "not running", outcome)
@@ -361,6 +385,8 @@ class Commander:
         self.counts.failures += 1
         if not self.active:
             return
+        self._failures += 1
+        self._failure = f"{error.code}: {error.message}"
         self.counts.in_a_row += error.code in ("inference_failed", "non_finite", "malformed")
         if error.code in HOPELESS or self.counts.in_a_row >= GIVE_UP:
             self.stop(f"the policy server refuses: {error.code}: {error.message}", State.STOPPED)
@@ -384,6 +410,7 @@ class Commander:
             self._send(answer.seq, chunk)
             self.commanded = answer.seq
             self._unacknowledged[answer.seq] = now
+            self._chunk_before = self.chunk, self.chunk_t_obs
             self.chunk, self.chunk_t_obs = chunk, answer.t_obs
             self.counts.chunks += 1
             self._end(answer.seq, "sent", "", answer, t0=chunk.t0, rate_hz=chunk.rate_hz, actions=len(chunk))
@@ -492,11 +519,21 @@ class Commander:
 
     def _appends(self, now: float) -> bool:
         """Whether the next chunk begins where the one that runs ends."""
-        append = self._config.mode == "asynchronous" and self._config.anchor == "append"
-        return append and self.chunk is not None and self.chunk.end > now
+        arms = self.arms
+        stopped = arms is not None and arms.state == "HOLDING" and arms.accepted_seq >= self.commanded
+        return self._append_mode and self.chunk is not None and self.chunk.end > now and not stopped
+
+    @property
+    def _append_mode(self) -> bool:
+        return self._config.mode == "asynchronous" and self._config.anchor == "append"
 
     def _state_at(self, t: float) -> np.ndarray:
-        """Measured joints and openings nearest to `t`, arm by arm."""
+        """Measured joints and openings nearest to `t`, arm by arm. Raises Rejected if they are forgotten."""
+        oldest = max(self._joints[name][0][0] for name in self._names)
+        if t < oldest - JOINTS_OLD_S:
+            raise Rejected(
+                "stale", f"the picture is {self._clock.now() - t:.1f} s old, joints are not kept so long"
+            )
         nearest = (min(self._joints[name], key=lambda item: abs(item[0] - t))[1] for name in self._names)
         return np.concatenate(list(nearest))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zmq
 
+from benchmarks.standin import StandIn
 from policy_server import protocol
 from policy_server.client import Mismatch, PolicyClient, RequestFailed, ServerUnavailable, check
 from policy_server.router import Server
@@ -282,6 +283,16 @@ def test_a_restarted_server_with_another_policy_is_refused(address):
             client.hello()
         server.stop()
         assert other.batches == []
+
+
+def test_a_robot_of_a_known_body_takes_a_policy_that_sees_other_pictures(address):
+    with PolicyClient(address, embodiment=embodiment("franka_single")) as client:
+        for size in ((32, 48), (64, 64)):
+            with Server(lambda size=size: StandIn("franka_single", image_size=size), address) as server:
+                assert server.ready.wait(10)
+                assert client.hello().image_size == size
+                client.submit(np.zeros((2, *size, 3), np.uint8), "stack", 0.0)
+                assert outcomes(client, 1)[0].type == "chunk"
 
 
 @contextlib.contextmanager

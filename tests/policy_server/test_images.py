@@ -51,6 +51,20 @@ def test_what_is_no_jpeg_is_refused(data):
         images.decode_jpeg(data, (60, 80))
 
 
+def test_a_jpeg_that_makes_a_decoder_work_long_is_refused_without_decoding(monkeypatch):
+    """Each empty scan of a progressive file costs a pass over the picture."""
+    good = picture()
+    progressive = cv2.imencode(".jpg", good, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    once = images.encode_jpeg(good)
+    at = once.index(b"\xff\xda")
+    header = once[at : at + 2 + int.from_bytes(once[at + 2 : at + 4], "big")]
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="not sequential: encode it as baseline"):
+        images.decode_jpeg(progressive, (60, 80))
+    with pytest.raises(ValueError, match="more than one scan"):
+        images.decode_jpeg(once[:-2] + 1000 * header + once[-2:], (60, 80))
+
+
 def test_a_truncated_jpeg_is_refused():
     with pytest.raises(ValueError, match="complete"):
         images.decode_jpeg(images.encode_jpeg(picture())[:-10], (60, 80))

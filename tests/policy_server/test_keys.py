@@ -46,13 +46,19 @@ def test_wrong_files_are_named(tmp_path):
             keys.load_public(tmp_path / name)
 
 
-def test_every_public_key_but_the_servers_is_allowed(tmp_path):
+def test_every_public_key_but_the_servers_is_allowed(tmp_path, caplog):
     for name in (keys.SERVER, "left", "right"):
         keys.generate(tmp_path, name)
     allowed = keys.AllowedClients(tmp_path)
     assert sorted(allowed.names().values()) == ["left", "right"]
     assert allowed.callback("*", keys.load_public(tmp_path / "left.key"))
     assert not allowed.callback("*", keys.load_public(tmp_path / "server.key"))
+    (tmp_path / "half.key").write_text("half a file")
+    with caplog.at_level("ERROR", "policy_server"):
+        assert allowed.callback("*", keys.load_public(tmp_path / "right.key"))
+        assert not allowed.callback("*", b"x" * 40)
+    assert [r.getMessage().count("half.key: ") for r in caplog.records] == [1]
+    (tmp_path / "half.key").unlink()
     (tmp_path / "left.key").unlink()
     assert keys.load_public(tmp_path / "right.key") in allowed.names()
     assert len(allowed.names()) == 1

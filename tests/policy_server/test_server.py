@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from policy_server import images, protocol
 from policy_server.client import PolicyClient
 from policy_server.router import ServeError, Server, stays_here
-from policy_server.scheduler import DeviceFailed
+from policy_server.scheduler import DeviceFailed, Result
 from policy_server.server import main
 from tests.policy_server.policies import SIZE, Echo, Gate
 from tests.policy_server.raw import Raw, infer, message
@@ -188,6 +188,24 @@ def test_a_failing_policy_gives_a_code_and_no_traceback(echo, task, code):
         reply = raw.ask(infer(1, task=task))
         assert reply["code"] == code
         assert "secret" not in str(reply) and "Traceback" not in str(reply) and "actions" not in reply
+        assert raw.ask(infer(2))["type"] == "chunk"
+
+
+def test_actions_too_large_for_the_wire_are_not_finite():
+    class Huge(Echo):
+        def infer(self, requests):
+            return [Result(1e39 * np.ones((14, 8)), r.timing) for r in super().infer(requests)]
+
+    with serving(Huge()) as server, Raw(server.endpoint) as raw:
+        assert raw.ask(infer(1))["code"] == "non_finite"
+        assert raw.ask(infer(2))["code"] == "non_finite", "and it serves on"
+
+
+def test_an_answer_that_cannot_be_made_costs_its_sender_alone(monkeypatch):
+    with serving(Echo()) as server, Raw(server.endpoint) as raw:
+        monkeypatch.setattr(server, "_answered", lambda *_: 1 / 0)
+        assert raw.ask(infer(1))["code"] == "internal"
+        monkeypatch.undo()
         assert raw.ask(infer(2))["type"] == "chunk"
 
 

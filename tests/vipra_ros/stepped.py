@@ -96,7 +96,7 @@ class Robot:
         self.executor = Stepped(self.arms, self.hands, homes, clock, Control(), safety, workcell)
         self.executor.start()
         gate = Supervisor(safety, self.names, workcell, np.tile(home, len(self.names)), self.t)
-        planner = Planner(config, embodiment.horizon, 1 / 30)
+        planner = Planner(config, embodiment.horizon, 1 / 30, safety.chunk_lead_s)
         self.commander = Commander(config, embodiment, self.names, client, planner, gate, clock, self._send)
         self.chunks = []
         self._tick = 0

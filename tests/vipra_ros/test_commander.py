@@ -12,9 +12,12 @@ from config.loading import load
 from config.robot import PolicyClient as PolicyConfig
 from config.safety import Safety
 from policy_server import keys
+from policy_server.client import ServerUnavailable
 from policy_server.protocol import Chunk as Answer
+from policy_server.protocol import Error
 from policy_server.router import Server
 from vipra_ros.commander import ArmsStatus, Commander, State, connect
+from vipra_ros.execution.chunk import Rejected
 from vipra_ros.execution.planner import Planner
 from vipra_ros.safety.supervisor import Supervisor
 
@@ -34,6 +37,7 @@ class ScriptedClient:
         self.clock, self.latency_s, self.stray = clock, latency_s, stray
         self.metadata = StandIn("franka_bimanual", image_size=SIZE, **metadata).metadata
         self.requests: list[SimpleNamespace] = []
+        self.states: list[np.ndarray | None] = []
         self.prefetched: list[np.ndarray] = []
         self._due: list[tuple[float, Answer]] = []
 
@@ -45,7 +49,9 @@ class ScriptedClient:
         self.requests.append(SimpleNamespace(pictures=pictures, seed=seed, at=self.clock.now()))
         rows = np.tile(HOME + 0.2 * JOINTS * self.stray(number), (14, 1)).astype(np.float32)
         answer = Answer(session="s", seq=number, t_obs=t_obs, actions=rows)
-        self._due.append((self.clock.now() + self.latency_s, answer))
+        self.states.append(state)
+        latency_s = self.latency_s(number) if callable(self.latency_s) else self.latency_s
+        self._due.append((self.clock.now() + latency_s, answer))
         return number
 
     def prefetch(self, picture, task):
@@ -65,7 +71,8 @@ class Robot:
     """Commander, arms that accept everything, and a camera whose pictures are noise, each another."""
 
     def __init__(self, client_of, config: PolicyConfig, rest: str = "HOLDING"):
-        self.rest = rest
+        self.rest, self.rejected = rest, ""  # "seq code message" of the last refusal
+        self.refuse = -1  # the arms refuse this chunk
         self.clock = SimpleNamespace(t=100.0)
         self.clock.now = lambda: self.clock.t
         self.client = client_of(self.clock)
@@ -73,7 +80,7 @@ class Robot:
         self.ends: list[float] = []
         self.lines: list[dict] = []
         gate = Supervisor(load(Safety, "fr3"), ("left", "right"), None, HOME[JOINTS], self.clock.t)
-        planner = Planner(config, BODY.horizon, PERIOD_S)
+        planner = Planner(config, BODY.horizon, PERIOD_S, lead_s=2.0)
         self.commander = Commander(
             config,
             BODY,
@@ -90,7 +97,14 @@ class Robot:
         self.commander.start()
 
     def _send(self, seq, chunk):
-        if chunk is not None:
+        if chunk is None:
+            return
+        lead_s = chunk.t0 - self.clock.t
+        if lead_s > 2.0:
+            self.rejected = f"{seq} future begins {lead_s:.3f} s ahead, limit 2.0 s"
+        elif seq == self.refuse:
+            self.rejected = f"{seq} rough too fast"
+        else:
             self.sent.append((self.clock.t, seq))
             self.ends.append(chunk.end)
 
@@ -105,7 +119,7 @@ class Robot:
             commander.on_joints(arm, now, part)
         accepted = self.sent[-1][1] if self.sent else -1
         state = "RUNNING" if self.ends and now < self.ends[-1] + REST_S else self.rest
-        commander.on_arms(ArmsStatus(state, "", commander.lease or "", now, accepted, ""))
+        commander.on_arms(ArmsStatus(state, "", commander.lease or "", now, accepted, self.rejected))
         commander.tick()
         if commander.wants_lease:
             commander.granted("lease:0")
@@ -117,6 +131,10 @@ class Robot:
             self.step()
         assert self.commander.state is State.RUNNING, self.commander.reason
         return self
+
+
+def lost():
+    raise ServerUnavailable("the connection was lost; trying again")
 
 
 def simulated(
@@ -151,6 +169,93 @@ def test_a_policy_that_lost_its_way_goes_on_from_rest():
     first = next(line for line in robot.lines if line["seq"] >= 4 and line["outcome"] == "sent")
     assert first["t0"] > robot.ends[3] + REST_S - 0.02, "at rest"
     assert robot.commander.counts.chunks > 6
+
+
+APPEND = {"anchor": "append", "action_rate_hz": 22.0, "replan_after": 14}
+
+
+@pytest.mark.parametrize("replan_after", [7, 14])
+def test_one_slow_answer_makes_no_later_chunk_come_too_early(replan_after):
+    """The next ones are asked for sooner by its latency; the arms take none more than 2 s ahead."""
+    robot = simulated(20.0, lambda n: 2.2 if n == 3 else 0.1, **APPEND | {"replan_after": replan_after})
+    assert not robot.rejected and robot.commander.counts.refused == 0
+    assert robot.commander.counts.chunks > 8
+
+
+def test_what_follows_a_refused_chunk_begins_where_the_arms_are():
+    def stray(number):
+        return np.linspace(0, 0.6, 14)[:, None] if number == 2 else 0.0  # ends .12 rad off
+
+    config = PolicyConfig(task="stack", **APPEND)
+    robot = Robot(lambda clock: ScriptedClient(clock, 0.1, stray, needs_state=True), config)
+    robot.refuse = 2
+    robot.run(6.0)
+    assert robot.rejected == "2 rough too fast" and robot.commander.counts.chunks > 6
+    assert max(np.abs(state - HOME).max() for state in robot.client.states) < 1e-6
+
+
+def test_an_answer_under_way_when_the_arms_refuse_a_chunk_is_used():
+    """At the gap-free rate the next request is out before they have said so."""
+    config = PolicyConfig(task="stack")
+    robot = Robot(lambda clock: ScriptedClient(clock, 0.4), config)
+    robot.refuse = 3
+    robot.run(8.0)
+    outcomes = {line["seq"]: line["outcome"] for line in robot.lines}
+    assert robot.rejected.startswith("3 ") and outcomes[4] == "sent"
+
+
+def test_a_moment_without_the_server_in_motion_keeps_chunks_due_from_their_pictures():
+    robot = simulated(1.5, latency_s=0.25)
+    hello, robot.client.hello = robot.client.hello, lambda timeout_s: lost()
+    robot.step()
+    assert robot.commander.state is State.WAITING
+    robot.client.hello = hello
+    sent = len(robot.sent)
+    robot.run(1.5)
+    assert len(robot.sent) > sent
+    late = [line["received"] - line["t0"] for line in robot.lines if line["outcome"] == "sent"]
+    assert min(late[1:]) > 0.2, "only the first begins on its arrival"
+
+
+def test_requests_that_all_fail_are_told():
+    robot = simulated(1.0)
+    config = robot.commander._config
+
+    class Silent(ScriptedClient):
+        def submit(self, *given):
+            number = super().submit(*given)
+            error = Error(code="timeout", message="no reply within 2.5 s", session="s", seq=number)
+            self._due[-1] = (self.clock.now() + 2.5, error)
+            return number
+
+    silent = Robot(lambda clock: Silent(clock, 0.0), config).run(4.0)
+    assert not silent.commander.failing
+    silent.run(4.0)
+    assert silent.commander.failing
+    assert silent.commander.reason == (
+        "no chunk from the server for 3 requests: timeout: no reply within 2.5 s"
+    )
+    assert robot.commander.reason == "running" and not robot.commander.failing
+
+
+def test_joints_are_known_for_as_long_as_an_answer_may_take():
+    """One relative to its picture begins where the arms were then."""
+    robot = simulated(1.0, inject_latency_ms=1000.0)
+    commander, begin = robot.commander, robot.clock.t
+    for k in range(500):
+        for arm in ("left", "right"):
+            commander.on_joints(arm, begin + 0.01 * k, np.full(8, 0.01 * k))
+    assert commander._state_at(begin + 2.0)[0] == pytest.approx(2.0)
+    with pytest.raises(Rejected, match="joints are not kept so long"):
+        commander._state_at(begin)
+
+
+def test_pictures_stamped_ahead_are_another_clocks():
+    robot = simulated(1.0)
+    robot.commander.on_picture(np.zeros((*SIZE, 3), np.uint8), robot.clock.t + 0.5)
+    robot.commander.tick()
+    assert robot.commander.state is State.WAITING
+    assert "pictures are stamped -0.5 s away from this clock" in robot.commander.reason
 
 
 def test_arms_that_were_brought_home_in_a_run_wait_for_a_person():

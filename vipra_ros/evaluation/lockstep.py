@@ -199,7 +199,7 @@ def play_policy(
     policy = policy.model_copy(update={"task": trial.instruction, "deadline_s": _SERVER_S})
     arms = _Arms(world, stage.robot, trial)
     gate = Supervisor(arms.safety, tuple(world.arms), trial.workcell, arms.measured(), 0.0)
-    planner = Planner(policy, embodiment.horizon, camera_s)
+    planner = Planner(policy, embodiment.horizon, camera_s, arms.safety.chunk_lead_s)
     commander = Commander(
         policy, embodiment, tuple(world.arms), client, planner, gate, _WorldClock(world), arms.send
     )

@@ -32,6 +32,7 @@ DELIVERY_S = 0.02  # from an answer's arrival to the first tick that follows it:
 SETTLE_S = 0.15  # synchronous: from the last action to an arm at rest, 0.5 rad/s at 5 rad/s2 and a margin
 TICK_S = 0.01  # about how often `should_request` is asked
 RETRY_S = 0.1  # after a failed request
+LEAD_MARGIN_S = 0.1  # a chunk is answered for this much less than the furthest ahead that the arms take one
 WINDOW = 100  # answers whose latencies and refusals are remembered
 
 
@@ -57,10 +58,12 @@ class Latency:
 class Planner:
     """One policy's schedule. Ask `should_request` often; report `sent`, then `received` or `failed`."""
 
-    def __init__(self, policy: PolicyClient, horizon: int, frame_period_s: float):
+    def __init__(self, policy: PolicyClient, horizon: int, frame_period_s: float, lead_s: float = math.inf):
+        """lead_s: a chunk may begin at most this far ahead. Raises ValueError for a horizon too short."""
         if policy.replan_after > horizon:
             raise ValueError(f"replan_after {policy.replan_after} is more than the horizon {horizon}")
         self._policy, self._horizon, self._frame_period = policy, horizon, frame_period_s
+        self._lead_s = lead_s
         self._answer: deque[float] = deque(maxlen=WINDOW)  # s, sent to running: R
         self._age: deque[float] = deque(maxlen=WINDOW)  # s, captured to sent
         self._unrefused = WINDOW  # answers since the last refused chunk
@@ -69,17 +72,38 @@ class Planner:
         self.restart()
 
     def restart(self) -> None:
-        """Forget chunks and requests (start, recovery, a rejected chunk); keep the latencies."""
+        """Forget chunks and requests (start, recovery); keep the latencies."""
         self._in_flight: tuple[int, float, float] | None = None  # seq, t_obs, sent
         self._current: Timing | None = None
         self._before: Timing | None = None  # the chunk before the current one
         self._next = -math.inf  # no request before this
         self._last_sent = -math.inf
 
+    def resume(self) -> None:
+        """Ask again at once, after something was missing for a while; the chunk that runs may run still."""
+        self._in_flight, self._next = None, self._soonest()
+
     def refused(self) -> None:
-        """The chunk just received does not run: the one before it does, and the next request may leave."""
-        self._current, self._in_flight, self._next = self._before, None, -math.inf
-        self._unrefused = 0
+        """The chunk just received does not run: the one before it does, and the next request may leave.
+
+        A younger request that is out already is waited for, unless it asked for what follows that chunk.
+        """
+        self._current, self._unrefused = self._before, 0
+        if self._appends or self._in_flight is None:
+            self._in_flight, self._next = None, self._soonest()
+
+    @property
+    def _appends(self) -> bool:
+        return self._policy.mode == "asynchronous" and self._policy.anchor == "append"
+
+    def _follows(self) -> float:
+        """append: when the next chunk takes over."""
+        current = self._current
+        return current.t0 + self._policy.replan_after / current.rate_hz if current else -math.inf
+
+    def _soonest(self) -> float:
+        """An answer to a request before this might be for too far ahead."""
+        return self._follows() - self._lead_s + LEAD_MARGIN_S if self._appends else -math.inf
 
     @property
     def rate_hz(self) -> float:
@@ -166,8 +190,7 @@ class Planner:
             timing = Timing(now + DELIVERY_S, rate, n)
             self._next = max(timing.t0 + n * period + SETTLE_S, self._last_sent + policy.min_cycle_s)
         elif policy.anchor == "append":
-            follows = self._current.t0 + n * self._period(self._current) if self._current else -math.inf
-            timing = Timing(max(follows, now + DELIVERY_S), rate, horizon)
+            timing = Timing(max(self._follows(), now + DELIVERY_S), rate, horizon)
             # joins begin one period before the first action
             self._next = timing.t0 + (n - 1) * period - (1 + self._asks_again) * answer
         else:
@@ -178,6 +201,7 @@ class Planner:
             usual = now + DELIVERY_S + n * period - self._quantile(self._answer, 0.5)
             self._next = min(usual, self._ends(timing) - (1 + self._asks_again) * answer)
         self._before, self._current = self._current, timing
+        self._next = max(self._next, self._soonest())
         return timing
 
     def _adapt(self) -> None:
@@ -195,10 +219,6 @@ class Planner:
     @staticmethod
     def _ends(timing: Timing) -> float:
         return timing.t0 + (timing.count - 1) / timing.rate_hz
-
-    @staticmethod
-    def _period(timing: Timing) -> float:
-        return 1.0 / timing.rate_hz
 
     @staticmethod
     def _quantile(values: deque[float], p: float) -> float:

@@ -84,13 +84,17 @@ class PolicyNode(Node):
         home = np.concatenate([robot.arms[name].home_rad for name in arms])
         self._executor_clock = make_clock(robot)
         self._resources.callback(self._executor_clock.close)
-        gate = Supervisor(safety, arms, load(Workcell, robot.workcell), home, self._executor_clock.now())
+        try:
+            gate = Supervisor(safety, arms, load(Workcell, robot.workcell), home, self._executor_clock.now())
+            frame_s = 1.0 / robot.camera.rate_hz
+            planner = Planner(self._config, embodiment.horizon, frame_s, safety.chunk_lead_s)
+        except ValueError as error:
+            raise ConfigError(f"{self.get_parameter('robot').value}: {error}") from error
         try:
             self._client = connect(self._config, embodiment)
         except ValueError as error:
             raise ConfigError(f"policy.server: {error}") from error
         self._resources.callback(self._client.close)
-        planner = Planner(self._config, embodiment.horizon, 1.0 / robot.camera.rate_hz)
         log = run_dir / "policy.jsonl" if run_dir else None
         self._log = self._resources.enter_context(log.open("w")) if log else None
         self._commander = Commander(
@@ -151,9 +155,15 @@ class PolicyNode(Node):
     # --- ROS to commander
 
     def _on_image(self, message: Image) -> None:
-        if message.encoding != "rgb8" or message.step != 3 * message.width:
+        size = 3 * message.width * message.height
+        if (
+            message.encoding != "rgb8"
+            or message.step != 3 * message.width
+            or not size == len(message.data) > 0
+        ):
             self.get_logger().error(
-                f"pictures are {message.encoding} with step {message.step}: rgb8 without padding is needed",
+                f"pictures are {message.encoding}, {message.width}x{message.height}, step {message.step}, "
+                f"{len(message.data)} bytes: rgb8 without padding is needed",
                 throttle_duration_sec=5.0,
             )
             return
@@ -282,8 +292,12 @@ class PolicyNode(Node):
             text = f"request {line['seq']}: {line['outcome']}: {line['message']}"
             self.get_logger().warning(text, throttle_duration_sec=1.0)
         if self._log is not None:
-            self._log.write(json.dumps(line) + "\n")
-            self._log.flush()
+            try:
+                self._log.write(json.dumps(line) + "\n")
+                self._log.flush()
+            except OSError as error:  # a full disk is no reason to lose the arms
+                self.get_logger().error(f"{self._log.name}: {error}: requests are no longer logged")
+                self._log = None
 
     def _publish_status(self) -> None:
         commander, planner = self._commander, self._commander.planner
@@ -305,7 +319,9 @@ class PolicyNode(Node):
     def _make_status(self) -> DiagnosticStatus:
         commander, planner = self._commander, self._commander.planner
         level, reason = _LEVELS[commander.state], commander.reason
-        if commander.state is State.RUNNING and planner.announcement:
+        if commander.failing:
+            level = DiagnosticStatus.WARN
+        elif commander.state is State.RUNNING and planner.announcement:
             level, reason = DiagnosticStatus.WARN, planner.announcement
         latency, counts, metadata = planner.latency(), commander.counts, self._client.metadata
         age_s = None if commander.chunk_t_obs is None else self._executor_clock.now() - commander.chunk_t_obs
