@@ -28,6 +28,10 @@ class Region(Strict):
             raise ValueError("max_xy must lie beyond min_xy")
         return self
 
+    def holds(self, xy) -> bool:
+        """Whether `xy` [2] lies in it."""
+        return all(a <= x <= b for a, x, b in zip(self.min_xy, xy, self.max_xy, strict=True))
+
 
 class TaskObject(Strict):
     """One object of the scene; its role decides what the instruction and the score say of it."""

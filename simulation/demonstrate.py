@@ -72,11 +72,12 @@ class Demonstrator:
         seed: int,
         start_spread_rad: float = 0.0,
         homes: dict[str, np.ndarray] | None = None,
+        limit_s: float | None = None,
     ) -> Iterator[Step]:
         """Steps of `trial`; `world.judge` holds the score at the end.
 
         seed: of the expert's style and, with `start_spread_rad`, of a perturbed first pose. homes: first
-        joints [7] rad by arm, instead of the simulation's.
+        joints [7] rad by arm, instead of the simulation's. limit_s: instead of the task's.
         """
         random = np.random.default_rng([trial.seed, seed])
         world = self.world
@@ -85,15 +86,16 @@ class Demonstrator:
         if start_spread_rad:
             spread = {arm: q + random.normal(0, start_spread_rad, 7) for arm, q in homes.items()}
             world.reset(trial, spread)
-        yield from self.go_on(random)
+        yield from self.go_on(random, limit_s)
 
-    def go_on(self, random: np.random.Generator) -> Iterator[Step]:
+    def go_on(self, random: np.random.Generator, limit_s: float | None = None) -> Iterator[Step]:
         """Steps of the trial that `world` is in, from how things stand now."""
         world = self.world
+        limit_s = limit_s or world.trial.task.time_limit_s
         commanded, openings = {}, {}
         for commanded, openings in lead(world, self._ik, self.rate_hz, random):
             yield self._step(commanded, openings)
-            if world.time_s > world.trial.task.time_limit_s:
+            if world.time_s > limit_s:
                 return
         for _ in range(round(SETTLE_S * self.rate_hz)):
             yield self._step(commanded, openings, settling=True)

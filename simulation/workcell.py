@@ -152,7 +152,8 @@ def _add_table(sim, workcell: Workcell) -> None:
 def _add_prop(sim, prop: Prop, workcell: Workcell) -> None:
     top = workcell.table.centre_xyz[2]
     if prop.kind == "cloth":
-        cloth.add(sim.scene, prop.name, (*prop.xy, top + cloth.RADIUS), prop.size_m, prop.rgb)
+        # The same place whatever the trial, which moves it: its edges are rounded here.
+        cloth.add(sim.scene, prop.name, (0.5, 0.0, top + cloth.RADIUS), prop.size_m, prop.rgb)
         return
     body = ET.SubElement(sim.worldbody, "body", name=prop.name, pos=f"{prop.xy[0]} {prop.xy[1]} {top}")
     ET.SubElement(body, "freejoint", name=f"{prop.name}_free")

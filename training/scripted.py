@@ -30,6 +30,7 @@ from rich.progress import track
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
+from config.recording import FIRST_SEED
 from config.robot import Robot
 from config.task import Task
 from episodes import demonstration, layout
@@ -229,6 +230,13 @@ def correct_all(evaluation: Path, folder: Path, embodiment: str, each: int, work
         raise TrainingError(
             f"{task}: the expert begins in the middle of tasks of one arm that pick and put alone"
         )
+    tested = min(
+        (int(p.stem.partition("-")[2]) for p in (evaluation / "trials").glob("seen-*.npz")), default=0
+    )
+    if tested < FIRST_SEED:
+        raise TrainingError(
+            f"{evaluation} has trial {tested}: below {FIRST_SEED} is for tests, not to train on"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     paths = [
         p for p in sorted((evaluation / "trials").glob("seen-*.npz")) if p.with_suffix(".json").is_file()
@@ -340,7 +348,7 @@ class Film:
         return trial.instruction, np.stack(frames), self._places(trial, painter, played)
 
     def _painter(self, trial: Trial) -> render.Painter:
-        key = str([(prop.name, prop.kind) for prop in trial.workcell.props])
+        key = str([prop.model_dump(exclude={"xy", "rgb"}) for prop in trial.workcell.props])
         if key not in self._painters:
             camera = self._robot.camera
             size = camera.height, camera.width

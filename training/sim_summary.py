@@ -66,7 +66,7 @@ def success(
     for name, report in reports.items():
         run, _, step = name.rpartition("-")
         until = [e["hours"] for e in entries.get(run, ()) if e["step"] <= int(step)] if step.isdigit() else []
-        if until and report.get("interval95"):
+        if until and report.get("success_rate") is not None:  # else interrupted before the first trial
             points.setdefault(run, []).append((until[-1], report["success_rate"], *report["interval95"]))
     return {run: sorted(those) for run, those in points.items()}
 

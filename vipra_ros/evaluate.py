@@ -9,10 +9,12 @@ from statistics import median
 
 from config.embodiment import Embodiment
 from config.loading import ConfigError, load
+from config.policy import Policy
 from config.robot import PRESETS, Robot
 from config.robot import PolicyClient as PolicyConfig
 from config.task import Task
 from config.workcell import Workcell
+from simulation.tasks.trial import digest
 from vipra_ros.evaluation import report as reports
 from vipra_ros.evaluation.compare import compare
 from vipra_ros.evaluation.ledger import (
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
         robot = given.robot or f"franka_{task.workcell}"
         return run_at_keyboard(task, given.policy, robot, wanted, limit_s, given.out)
-    from vipra_ros.process import signals_raise
+    from vipra_ros.process import ProcessError, signals_raise
 
     name = given.robot or task.simulated_robot or f"sim_{task.workcell}"
     robot = load(Robot, name)
@@ -148,13 +150,18 @@ def main(argv: list[str] | None = None) -> int:
         "policy": given.policy,
         "trials": "whole stack in real time, simulated" if given.live else "lockstep simulation",
         "robot": name,
+        "robot_digest": _digest_of(robot),
     }
+    if given.policy != EXPERT and (served := _policy_digest(given.policy)):
+        settings["served_digest"] = served
     with signals_raise(), locked(given.out):
         try:
             (_live if given.live else _lockstep)(task, robot, given, settings, wanted)
-        except KeyboardInterrupt:
-            _say("interrupted: the trial that ran does not count; the same command goes on")
-            if (given.out / "settings.json").is_file():
+        except (KeyboardInterrupt, EvaluationError, ProcessError) as error:
+            if isinstance(error, KeyboardInterrupt):
+                _say("interrupted: the trial that ran does not count; the same command goes on")
+            path = given.out / "settings.json"
+            if path.is_file() and settings.items() <= read_settings(given.out).items():  # ours, not another's
                 _report(task, given.out)
             raise
     _report(task, given.out)
@@ -205,6 +212,22 @@ def _lockstep(task: Task, robot: Robot, given: argparse.Namespace, settings: dic
             )
     finally:
         stage.close()
+
+
+def _digest_of(robot: Robot) -> str:
+    """Of everything in the robot's file and its embodiment that no other setting tells."""
+    body = load(Embodiment, robot.embodiment).model_dump(mode="json")
+    others = {"embodiment", "workcell", "safety", "policy"}
+    return digest([robot.model_dump(mode="json", exclude=others), body])
+
+
+def _policy_digest(which: str) -> str:
+    """Of how a checkpoint is served (noise, steps, precision), whichever it is; "" for a running server."""
+    if which.startswith("tcp://"):
+        return ""
+    folder = Path(which).expanduser()
+    policy = Policy(checkpoint=which) if (folder / "config.json").is_file() else load(Policy, which)
+    return digest(policy.model_dump(mode="json", exclude={"checkpoint"}))
 
 
 def _report(task: Task, out: Path) -> None:
@@ -264,7 +287,7 @@ def keys_of(seeds: str, split: str) -> list[Key]:
     first, colon, last = seeds.partition(":")
     if Path(seeds).is_file():
         numbers = _listed(Path(seeds))
-    elif colon and first.isdigit() and last.isdigit() and int(first) < int(last):
+    elif colon and seeds.isascii() and first.isdigit() and last.isdigit() and int(first) < int(last):
         numbers = range(int(first), int(last))
     else:
         raise EvaluationError(f"seeds {seeds!r} is not A:B with A below B, such as 0:50, and no file")

@@ -41,7 +41,12 @@ class Thing:
         return float(1 - 2 * (x * x + y * y))
 
     def lowest(self, radius: float) -> float:
-        """At most its lowest point, m, if no part is further than `radius` from its axis."""
+        """At most its lowest point, m, if no part is further than `radius` from its axis.
+
+        How high it is, is not known: upside down that point may be anywhere below.
+        """
+        if self.up < 0:
+            return -math.inf
         return float(self.xyz[2] - radius * math.sqrt(max(1 - self.up**2, 0.0)))
 
 

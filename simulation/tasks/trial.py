@@ -12,6 +12,7 @@ from config.task import Region, Task
 from config.workcell import Prop, Workcell
 
 _TRIES = 2000
+_DRAWN = 2  # changes whenever the same seed is drawn as another trial
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def make_trial(task: Task, seed: int, split: str = "seen", template: int | None 
         words.append(colour.word)
         shades.append(colour.rgb)
     regions = [choices.regions.get(thing.name, choices.region) for thing in task.objects]
-    places = _places(random, task, regions)
+    seen = [task.seen.regions.get(thing.name, task.seen.region) for thing in task.objects]
+    places = _places(random, task, regions, None if regions == seen else seen)
     looks = np.random.default_rng([seed, split == "unseen", 1])  # a stream of its own
     shapes = iter(looks.permutation(len(choices.shapes)))
     size_m = choices.cloth_sizes_m[looks.integers(len(choices.cloth_sizes_m))]
@@ -75,9 +77,8 @@ def make_trial(task: Task, seed: int, split: str = "seen", template: int | None 
 
 def scene(task: Task) -> str:
     """Changes with what the task and its workcell say of objects, places, looks and words."""
-    return digest(
-        [task.model_dump(mode="json", exclude={"protocol"}), load(Workcell, task.workcell).model_dump()]
-    )
+    said = task.model_dump(mode="json", exclude={"protocol"}), load(Workcell, task.workcell).model_dump()
+    return digest([_DRAWN, *said])
 
 
 def digest(what: object) -> str:
@@ -85,15 +86,26 @@ def digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _places(random: np.random.Generator, task: Task, regions: list[Region]) -> np.ndarray:
-    """Centres [n, 2] m, all `clearance_m` apart: whole sets are drawn anew, so that no object is favoured."""
+def _places(
+    random: np.random.Generator, task: Task, regions: list[Region], seen: list[Region] | None
+) -> np.ndarray:
+    """Centres [n, 2] m, all `clearance_m` apart: whole sets are drawn anew, so that no object is favoured.
+
+    seen: regions of which the moved object or the target shall be outside.
+    """
     low, high = np.array([r.min_xy for r in regions]), np.array([r.max_xy for r in regions])
     n = len(regions)
     apart = ~np.eye(n, dtype=bool)
     for _ in range(_TRIES):
         xy = random.uniform(low, high, (n, 2))
         distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
-        if n == 1 or distance[apart].min() >= task.clearance_m:
+        if n > 1 and distance[apart].min() < task.clearance_m:
+            continue
+        if seen is None or not all(
+            region.holds(place)
+            for thing, region, place in zip(task.objects, seen, xy, strict=True)
+            if thing.role in ("moved", "target")
+        ):
             return xy
     raise ConfigError(
         f"{task.name}: {n} objects clearance_m {task.clearance_m} apart do not fit their regions: lower it, "

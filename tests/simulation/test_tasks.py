@@ -7,6 +7,7 @@ from config.loading import load
 from config.task import Task
 from episodes.quality import spans
 from simulation.demonstrate import Demonstrator
+from simulation.lockstep import Lockstep
 from simulation.tasks.score import SETTLED_S, Judge, Thing
 from simulation.tasks.trial import make_trial
 from simulation.workcell import widest
@@ -49,6 +50,16 @@ def test_the_unseen_split_has_places_shades_shapes_and_textures_that_the_seen_on
         low, high = np.array(region.min_xy), np.array(region.max_xy)
         assert ((seen >= low) & (seen <= high)).all()
         assert not ((unseen >= low) & (unseen <= high)).all(), f"{thing.name} goes where it never was"
+
+
+@pytest.mark.parametrize("name", (*TASKS, "stack_cups_narrow"))
+def test_no_unseen_trial_has_both_objects_that_count_where_they_were_seen(name):
+    task = load(Task, name)
+    places = [n for n, thing in enumerate(task.objects) if thing.role in ("moved", "target")]
+    for seed in range(100):
+        props = make_trial(task, seed, "unseen").workcell.props
+        regions = [task.seen.regions.get(task.objects[n].name, task.seen.region) for n in places]
+        assert not all(region.holds(props[n].xy) for n, region in zip(places, regions, strict=True))
 
 
 @pytest.mark.parametrize("text", ["", "  ", "stack the {colour} cup", "{moved}"])
@@ -114,6 +125,24 @@ def test_the_expert_goes_on_from_wherever_hand_and_object_are():
     assert goes_on(opening - 1)[1] < 0.5 * whole, "in its place: lets go"
 
 
+def test_the_cloth_of_a_trial_is_the_same_whichever_came_before():
+    task = load(Task, "cover_object")
+    one, other = make_trial(task, 2), make_trial(task, 4)
+    assert one.workcell.props[0].xy != other.workcell.props[0].xy
+    edges = [Lockstep(trial).model.flexedge_length0.copy() for trial in (one, other)]
+    assert np.array_equal(*edges)
+
+
+def test_the_expert_begins_at_the_robots_home_and_plays_as_long_as_it_may():
+    task = load(Task, "stack_cups_narrow")
+    trial = make_trial(task, 0)
+    demonstrator = Demonstrator(trial)
+    home = {"right": np.array([-0.037, -0.282, 0.006, -2.4, 0.0, 2.1, 0.75])}
+    first = next(demonstrator.play(trial, 0, homes=home))
+    np.testing.assert_allclose(first.joints["right"], home["right"], atol=1e-6)
+    assert 0.9 < [s.time_s for s in demonstrator.play(trial, 0, limit_s=1.0)][-1] < 1.2
+
+
 def thing(x, y, z, speed=0.0, quat=LEVEL) -> Thing:
     return Thing(np.array([x, y, z]), quat, np.array([speed, 0.0, 0.0]))
 
@@ -141,6 +170,13 @@ def test_only_a_rested_released_upright_stack_counts():
         ("still held", thing(0.5, 0.0, TOP + 0.04), (0.5, 0.0, TOP + 0.11)),
     ):
         assert not judged(moved, base, hand).success, why
+
+
+def test_a_cup_upside_down_on_the_table_was_not_lifted():
+    """Its base is up there then."""
+    upside_down = np.array([0.0, 1.0, 0.0, 0.0])
+    assert not judged(thing(0, 0, TOP + 0.1, quat=upside_down), thing(0.2, 0, TOP)).partial
+    assert judged(thing(0, 0, TOP + 0.1), thing(0.2, 0, TOP)).partial
 
 
 def test_lifting_another_object_first_is_noted_and_lifting_the_right_one_is_partial():

@@ -132,6 +132,13 @@ def test_an_expert_takes_over_where_a_policy_went(tmp_path):
         (shipped | {"task": "mine"}, "config/tasks/mine.yaml does not exist"),
         (None, "no folder of vipra evaluate"),
     ):
+        if other is None:
+            path.rename(path.with_name("seen-1000.npz"))
+            settings.write_text(json.dumps(shipped))
+            done = subprocess.run(
+                [*correct, "--out", tmp_path / "none"], cwd=root(), capture_output=True, text=True
+            )
+            assert done.returncode == 2 and "trial 1000: below 10000 is for tests" in done.stderr
         settings.write_text(json.dumps(other)) if other else settings.unlink()
         done = subprocess.run(
             [*correct, "--out", tmp_path / "none"], cwd=root(), capture_output=True, text=True

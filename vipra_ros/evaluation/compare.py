@@ -96,7 +96,10 @@ def _read(path: Path) -> dict:
 
 def _by_trial(report: dict, path: Path) -> dict[tuple[str, int], dict]:
     try:
-        return {(trial["split"], trial["seed"]): trial for trial in report["trials"]}
+        return {
+            (trial["split"], trial["seed"]): trial | {name: trial[name] for name in ("success", "partial")}
+            for trial in report["trials"]
+        }
     except (KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: a trial lacks {error}") from None
 

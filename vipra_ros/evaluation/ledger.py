@@ -140,6 +140,13 @@ class Ledger:
                 ) from None
         return sorted(found, key=lambda result: result.key)
 
+    def kept(self) -> list[Key]:
+        """Trials that count, in the order their results were written."""
+        return sorted(
+            (result.key for result in self.results()),
+            key=lambda key: self.file(key, ".json").stat().st_mtime_ns,
+        )
+
     def missing(self, wanted: Iterable[Key]) -> list[Key]:
         """Of `wanted`, in order, those without a result."""
         return [key for key in wanted if not self.file(key, ".json").is_file()]
@@ -152,13 +159,19 @@ class Ledger:
         """Note that an attempt does not count, and remove what it left."""
         for suffix in (".npz", ".mp4", ".jpg"):
             self.file(key, suffix).unlink(missing_ok=True)
-        with open(self.folder / "void.jsonl", "a") as file:
-            file.write(json.dumps({"split": key.split, "seed": key.seed, "reason": reason}) + "\n")
+        with open(self.folder / "void.jsonl", "a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            if file.read(1) not in (b"", b"\n"):  # a power cut ended the last line
+                file.write(b"\n")
+            file.write(json.dumps({"split": key.split, "seed": key.seed, "reason": reason}).encode() + b"\n")
 
     def voids(self) -> list[dict]:
         """Attempts that do not count, oldest first."""
-        path = self.folder / "void.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        path, found = self.folder / "void.jsonl", []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # one that a power cut ended
+                found.append(json.loads(line))
+        return found
 
 
 def run_trials(

@@ -93,7 +93,10 @@ def drive(
                 elif do is Do.NOTE:
                     session = operator.noted(session, ask())
                 elif do is Do.REOPEN:
-                    result = next(r for r in ledger.results() if r.key == session.key)
+                    result = next((r for r in ledger.results() if r.key == session.key), None)
+                    if result is None:
+                        session = operator.void(session, "its result was deleted")
+                        continue
                     smooth = {name: getattr(result, name) for name in MEASURED}
                     measured.setdefault(session.key, smooth)
                     session = operator.reopened(session, result)
@@ -285,8 +288,7 @@ def run(
             played_by = {"policy": policy, "trials": "by an operator", "robot": robot}
             settings = trial_settings(task, limit_s, safety) | played_by | rig.evaluated
             ledger = Ledger(out, settings)
-            done = frozenset(result.key for result in ledger.results())
-            session = Session.resume(tuple(wanted), limit_s, done)
+            session = Session.resume(tuple(wanted), limit_s, ledger.kept())
             try:
                 session = drive(session, trials, ledger, rig, heard, tell, ask or heard.line, time.monotonic)
             except KeyboardInterrupt:

@@ -17,13 +17,13 @@ from config.loading import load
 from config.robot import PolicyClient as PolicyConfig
 from config.robot import Robot, safety_of
 from policy_server import protocol
-from policy_server.client import PolicyClient, ServerUnavailable
+from policy_server.client import Mismatch, PolicyClient, ServerUnavailable
 from simulation.demonstrate import Demonstrator
 from simulation.lockstep import REFERENCE_TICKS, TICK_S, Lockstep
 from simulation.render import Painter, live_meshes
 from simulation.tasks.trial import Trial
 from vipra_ros.commander import ArmsStatus, Commander
-from vipra_ros.evaluation.ledger import Holds, Key, Ledger, Result, Void
+from vipra_ros.evaluation.ledger import EvaluationError, Holds, Key, Ledger, Result, Void
 from vipra_ros.evaluation.motion import measure
 from vipra_ros.execution.chunk import Chunk, Rejected
 from vipra_ros.execution.planner import Planner
@@ -38,7 +38,8 @@ PERIOD_S = REFERENCE_TICKS * TICK_S  # of the reference, 5 ms
 ASK_EVERY = 2  # reference ticks between two looks at the policy's side, as the policy node's timer
 # Why there is no chunk, where that is not the policy's doing.
 VOID = dict.fromkeys(("disconnected", "timeout", "not_sent", "shutting_down"), "is gone")
-VOID["inference_failed"] = "fails"  # out of GPU memory, say
+VOID["inference_failed"] = VOID["internal"] = "fails"  # out of GPU memory, say
+VOID |= dict.fromkeys(("busy", "expired", "not_ready", "superseded"), "does not answer")  # others use it too
 _SERVER_S = 60.0  # wall time a request may take
 
 
@@ -62,6 +63,8 @@ class Waiting:
             metadata = self._client.hello(timeout_s)
         except ServerUnavailable as error:
             raise Void(f"the policy server is gone: {error}") from error
+        except Mismatch as error:  # of a server that was started again: nothing about the policy here
+            raise EvaluationError(str(error)) from error
         self._alive()
         return metadata
 
@@ -73,6 +76,8 @@ class Waiting:
             if not answers:
                 self._alive()
         for answer in self._answers:
+            if isinstance(answer, protocol.Error) and answer.code == "mismatch":
+                raise EvaluationError(answer.message)
             if isinstance(answer, protocol.Error) and answer.code in VOID:
                 raise Void(f"the policy server {VOID[answer.code]}: {answer.message}")
         return seq
@@ -106,8 +111,12 @@ class Stage:
             self._props = props
         for prop in trial.workcell.props:
             self._painter.model.material(prop.name).rgba[:3] = prop.rgb
-        homes = {name: np.array(arm.home_rad) for name, arm in self.robot.arms.items()}
-        self.world.reset(trial, homes)
+        self.world.reset(trial, self.homes)
+
+    @property
+    def homes(self) -> dict[str, np.ndarray]:
+        """Joints [7] rad by arm."""
+        return {name: np.array(arm.home_rad) for name, arm in self.robot.arms.items()}
 
     @property
     def demonstrator(self) -> Demonstrator:
@@ -132,6 +141,7 @@ class Film:
 
     def __init__(self, stage: Stage, ledger: Ledger, key: Key, rate_hz: float, video: bool):
         self._stage, self._ledger, self._key, self._rate_hz = stage, ledger, key, rate_hz
+        ledger.file(key, ".mp4").unlink(missing_ok=True)  # of an attempt that was interrupted
         self._video = Video(ledger.file(key, ".mp4"), rate_hz) if video else None
         self._rows: list[tuple] = []
 
@@ -169,6 +179,8 @@ class Film:
             tcp=tcp,  # [T, A, 3] m
         )
         joints = state[..., :7].reshape(len(times), -1)
+        even = np.arange(times[0], times[-1] + 1e-6, 1 / self._rate_hz)  # pictures come at whole ticks
+        joints = np.stack([np.interp(even, times, column) for column in joints.T], axis=1)
         hand = safety_of(self._stage.robot).gripper
         return measure(joints, commanded[..., 7], self._rate_hz, hand)
 
@@ -251,7 +263,7 @@ def play_expert(
     world, key = stage.world, Key(trial.split, trial.seed)
     rate_hz = stage.demonstrator.rate_hz
     film, ended = Film(stage, ledger, key, rate_hz, video), "expert finished"
-    for step in stage.demonstrator.play(trial, seed=0):
+    for step in stage.demonstrator.play(trial, 0, homes=stage.homes, limit_s=time_limit_s):
         film.add({arm: np.append(q, step.action_openings[arm]) for arm, q in step.action_joints.items()})
         if world.judge.success:
             break

@@ -13,6 +13,7 @@ the arms, and Enter does nothing else.
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vipra_ros.evaluation.ledger import Key, Result
@@ -71,9 +72,9 @@ class Session:
     hint: str = ""
 
     @classmethod
-    def resume(cls, trials: tuple[Key, ...], limit_s: float, done: frozenset[Key]) -> "Session":
-        """At the first trial that is not in `done`."""
-        return _next(cls(trials, limit_s, tuple(key for key in trials if key in done)))
+    def resume(cls, trials: tuple[Key, ...], limit_s: float, done: Sequence[Key]) -> "Session":
+        """At the first trial that is not in `done`, which are in the order they were kept."""
+        return _next(cls(trials, limit_s, tuple(key for key in done if key in trials)))
 
     @property
     def key(self) -> Key | None:
@@ -171,7 +172,8 @@ def void(session: Session, reason: str) -> Session:
 def reopened(session: Session, result: Result) -> Session:
     """The trial of `Do.REOPEN` is to be scored again: what else is known of it."""
     stops = result.interventions - (result.ended == "aborted")
-    ended = "operator" if result.ended in ("success", "aborted") else result.ended
+    limit = "time limit" if result.seconds >= session.limit_s else "operator"
+    ended = limit if result.ended in ("success", "aborted") else result.ended
     known = {"seconds": result.seconds, "interventions": stops, "note": result.note, "ended": ended}
     return replace(session, faults=0, **known)
 

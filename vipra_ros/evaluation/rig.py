@@ -27,6 +27,7 @@ UNANSWERED_S = 5.0  # of the arms' time that arms rest and no chunk comes while 
 WAITING_S = 2.0  # of the arms' time that a policy may wait, for a lease say, before the trial is void
 NOT_ITS_DOING = (  # beginnings of a policy's reason
     "no policy server",
+    "the server's policy does not fit",
     "the policy server refuses: inference_failed",
     "the arms node has fallen silent",
 )

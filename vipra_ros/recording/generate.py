@@ -136,7 +136,7 @@ def _play(stage, wanted: Wanted, number: int, style: int) -> Episode:
     names = load(Embodiment, stage.robot.embodiment).names
     capture, frames, state, action = [], [], [], []
     told: tuple[dict, dict] | None = None
-    for step in stage.demonstrator.play(trial, style, START_SPREAD_RAD):
+    for step in stage.demonstrator.play(trial, style, START_SPREAD_RAD, stage.homes):
         if wanted.seconds is not None and step.time_s >= wanted.seconds - 1e-9:
             break
         if not step.settling:  # what follows serves the score

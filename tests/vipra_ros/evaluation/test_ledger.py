@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import numpy as np
@@ -68,6 +69,24 @@ def test_a_trial_whose_server_dies_is_void_and_repeated_and_the_rest_stand(tmp_p
     assert attempts == [*range(14), 13, 14] and repaired == [13]
     assert len(ledger.results()) == 15 and not ledger.file(Key("seen", 13), ".mp4").exists()
     assert ledger.voids() == [{"split": "seen", "seed": 13, "reason": "the policy server is gone"}]
+
+
+def test_a_line_that_a_power_cut_ended_costs_no_other(tmp_path):
+    ledger = Ledger(tmp_path, SETTINGS)
+    ledger.void(Key("seen", 1), "no server")
+    with open(tmp_path / "void.jsonl", "a") as file:
+        file.write('{"split": "se')
+    ledger.void(Key("seen", 2), "no server")
+    assert [void["seed"] for void in ledger.voids()] == [1, 2]
+    assert reports.write(ledger, SETTINGS, [])["trials"] == []
+
+
+def test_trials_are_known_in_the_order_they_were_kept(tmp_path):
+    ledger = Ledger(tmp_path, SETTINGS)
+    for number, seed in enumerate((2, 0, 1)):
+        ledger.write(result(seed))
+        os.utime(ledger.file(Key("seen", seed), ".json"), (1e9 + number,) * 2)
+    assert [key.seed for key in ledger.kept()] == [2, 0, 1]
 
 
 def test_a_trial_that_is_always_void_ends_the_evaluation_and_keeps_the_rest(tmp_path):

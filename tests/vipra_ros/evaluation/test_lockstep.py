@@ -13,7 +13,10 @@ import pytest
 
 from config.embodiment import Embodiment
 from config.loading import load
+from config.robot import Robot
 from policy_server import protocol
+from policy_server.client import Mismatch
+from vipra_ros.evaluate import _digest_of, _policy_digest
 from vipra_ros.evaluation.ledger import EvaluationError, Key, Ledger, Void
 from vipra_ros.evaluation.lockstep import Waiting
 from vipra_ros.evaluation.server import Server
@@ -160,6 +163,35 @@ def test_a_server_that_fails_voids_the_trial_and_a_chunk_of_nonsense_does_not():
     nonsense = protocol.Error(seq=3, code="non_finite", message="NaN")
     client = Waiting(Answering(None, nonsense))
     assert client.submit() == 3 and client.poll() == [nonsense]
+
+
+@pytest.mark.parametrize("code", ["busy", "expired", "internal", "not_ready", "timeout"])
+def test_a_server_that_does_not_answer_is_not_scored_as_the_policy(code):
+    with pytest.raises(Void, match="the policy server "):
+        Waiting(Answering(None, protocol.Error(code=code, message="why", seq=3))).submit()
+
+
+def test_a_server_started_again_with_another_robots_policy_ends_the_evaluation():
+    class Other:
+        def hello(self, timeout_s):
+            raise Mismatch(["embodiment is a, the robot's is b"])
+
+    with pytest.raises(EvaluationError, match="does not fit this robot: embodiment is a"):
+        Waiting(Other()).hello()
+
+
+def test_a_robot_or_a_policy_file_that_was_edited_is_another_evaluation(tmp_path):
+    robot = load(Robot, "sim_single")
+    camera = robot.camera.model_copy(update={"rate_hz": 15})
+    assert _digest_of(robot) == _digest_of(load(Robot, "sim_single"))
+    assert _digest_of(robot) != _digest_of(robot.model_copy(update={"camera": camera}))
+    file = tmp_path / "mine.yaml"
+    digests = []
+    for noise in (1.0, 0.0, 1.0):
+        file.write_text(f"checkpoint: {tmp_path}\nnoise_scale: {noise}\n")
+        digests.append(_policy_digest(str(file)))
+    assert digests[0] == digests[2] != digests[1]
+    assert _policy_digest("tcp://gpu:5555") == ""
 
 
 def test_the_expert_is_evaluated_by_the_command(tmp_path):

@@ -96,17 +96,45 @@ def test_the_time_limit_stops_a_trial_and_waits_for_its_score():
 
 
 def test_an_evaluation_goes_on_at_the_first_trial_without_a_result():
-    assert Session.resume(TRIALS, 30.0, frozenset(TRIALS[:2])).key == TRIALS[2]
-    assert Session.resume(TRIALS, 30.0, frozenset(TRIALS)).phase is Phase.DONE
+    assert Session.resume(TRIALS, 30.0, TRIALS[:2]).key == TRIALS[2]
+    assert Session.resume(TRIALS, 30.0, TRIALS).phase is Phase.DONE
 
 
 def test_a_trial_that_is_done_is_not_played_again_and_u_reopens_the_one_kept_last():
-    session, _ = after("\nsk", Session.resume(TRIALS, 30.0, frozenset(TRIALS[1:2])))
+    session, _ = after("\nsk", Session.resume(TRIALS, 30.0, TRIALS[1:2]))
     assert session.key == TRIALS[2] and session.done == (TRIALS[1], TRIALS[0])
     session, done = after("u", session)
     assert done == [Do.REOPEN] and session.key == TRIALS[0]
     session, _ = after("fk\nsk", session)
     assert session.phase is Phase.DONE and set(session.done) == set(TRIALS)
+
+
+def test_after_a_resume_u_reopens_the_one_kept_last_wherever_it_is_in_the_list():
+    session, done = after("u", Session.resume(TRIALS, 30.0, (TRIALS[2], TRIALS[0])))
+    assert done == [Do.REOPEN] and session.key == TRIALS[0]
+
+
+def test_a_wrong_success_at_the_time_limit_is_undone_to_what_ended_the_trial(tmp_path):
+    _, ledger, _ = driven(tmp_path, [*"\n", *[""] * 400, *"sku", *"fkq"], FakeRig(), TRIALS[:1])
+    (result,) = ledger.results()
+    assert (result.success, result.ended, result.seconds) == (False, "time limit", 30.0)
+
+
+def test_a_result_that_was_deleted_is_set_up_again(tmp_path):
+    rig = FakeRig()
+    _, ledger, _ = driven(tmp_path, [*"\nskq"], rig, TRIALS[:2])
+    kept = ledger.kept()
+    keys = iter(["", "u", "", "q"])
+
+    def deleting():
+        for key in keys:
+            if key == "u":
+                ledger.file(kept[0], ".json").unlink()
+            yield key
+
+    session, _, said = driven(tmp_path, deleting(), rig, TRIALS[:2])
+    assert session.key == TRIALS[0] and session.phase is Phase.SET_UP
+    assert "its result was deleted; set this trial up again" in said
 
 
 class Refused(Exception):
@@ -163,7 +191,7 @@ def driven(folder, keys, rig, trials=TRIALS, note="slipped", clock=None, looked=
     task = load(Task, "stack_cups")
     ledger, said, clock = Ledger(folder, SETTINGS), [], clock or itertools.count()
     made = {key: make_trial(task, key.seed, key.split) for key in trials}
-    session = Session.resume(trials, 30.0, frozenset(r.key for r in ledger.results()))
+    session = Session.resume(trials, 30.0, ledger.kept())
     keys = itertools.chain([""] if looked else [], keys)
     session = drive(session, made, ledger, rig, keys, said.append, lambda: note, lambda: next(clock) / 10)
     return session, ledger, "\n".join(said)
