@@ -19,6 +19,7 @@ from config.safety import Safety
 from vipra_ros.robot.arm import ArmFault, ArmState
 
 _POLL_S = 0.01  # period of reading the state of an arm that is not under control
+_TELL_S = 0.04  # in which that state tells of a reflex; well below the dead-man of the other arm
 
 
 class FrankaArm:
@@ -113,7 +114,14 @@ class FrankaArm:
         """
         if not self._robot.is_in_control:
             self._streaming = False
-            self._raise_stored("stream")
+            try:
+                self._raise_stored("stream")
+            except ArmFault as fault:
+                # A motion that begins in the moment of a reflex is refused, which hides the reflex.
+                if fault.code != "arm" or not _wait(lambda: self._state.fault is not None, _TELL_S):
+                    raise
+                code, reason = self._state.fault
+                raise ArmFault(code, f"{self.name}: stream: {reason}") from fault
             raise ArmFault("deadman", f"{self.name}: stopped by the dead-man, no fresh command in time")
         if fresh or not 0.0 <= now - self._armed_at < self._control.deadman_refresh_s:
             with self._typed("stream"):
