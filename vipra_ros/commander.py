@@ -493,7 +493,10 @@ class Commander:
         metadata = self.client.metadata
         cuts = (images.cut(picture, metadata.crop) for picture in (before, newest))
         pictures = np.stack([images.fit(picture, metadata.image_size) for picture in cuts])
-        state = self._state_for(t_obs, now).astype(np.float32) if metadata.needs_state else None
+        try:
+            state = self._state_for(t_obs, now).astype(np.float32) if metadata.needs_state else None
+        except Rejected:  # of before the joints were heard: the next picture is not
+            return
         request = _Request(t_obs, now, self.seed, self.task)
         deadline_ms = 1e3 * self._config.deadline_s
         try:

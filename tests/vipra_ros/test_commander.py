@@ -250,6 +250,20 @@ def test_joints_are_known_for_as_long_as_an_answer_may_take():
         commander._state_at(begin)
 
 
+def test_a_picture_from_before_the_joints_were_heard_is_not_asked_about():
+    robot = simulated(1.0, metadata={"needs_state": True}, camera_timeout_s=2.0)
+    asked, commander = len(robot.client.requests), robot.commander
+    for states in commander._joints.values():
+        states.clear()
+    robot.clock.t += 1.0
+    for arm, part in (("left", HOME[:8]), ("right", HOME[8:])):
+        commander.on_joints(arm, robot.clock.t, part)
+    commander.planner.resume()
+    commander.tick()
+    assert commander.state is State.RUNNING and len(robot.client.requests) == asked
+    assert len(robot.run(1.0).client.requests) > asked
+
+
 def test_pictures_stamped_ahead_are_another_clocks():
     robot = simulated(1.0)
     robot.commander.on_picture(np.zeros((*SIZE, 3), np.uint8), robot.clock.t + 0.5)

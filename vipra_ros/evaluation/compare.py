@@ -95,13 +95,10 @@ def _read(path: Path) -> dict:
 
 
 def _by_trial(report: dict, path: Path) -> dict[tuple[str, int], dict]:
-    try:
-        return {
-            (trial["split"], trial["seed"]): trial | {name: trial[name] for name in ("success", "partial")}
-            for trial in report["trials"]
-        }
-    except (KeyError, TypeError) as error:
-        raise EvaluationError(f"{path}: a trial lacks {error}") from None
+    for trial in report["trials"]:
+        if lacking := [name for name in ("split", "seed", "success", "partial") if name not in trial]:
+            raise EvaluationError(f"{path}: a trial lacks {', '.join(lacking)}")
+    return {(trial["split"], trial["seed"]): trial for trial in report["trials"]}
 
 
 def _discordant(a: dict, b: dict, keys: list, what: str) -> tuple[list, list]:

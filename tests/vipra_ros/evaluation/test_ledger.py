@@ -234,3 +234,8 @@ def test_what_is_no_report_is_named(tmp_path):
     (tmp_path / "report.json").write_text('{"success_rate": 1.0}')
     with pytest.raises(EvaluationError, match="it lacks task, time_limit_s, trials"):
         compare(tmp_path, tmp_path)
+    report = reports.write(evaluated(tmp_path / "d", "sf"), SETTINGS, [])
+    del report["trials"][1]["success"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(EvaluationError, match="a trial lacks success"):
+        compare(tmp_path, tmp_path)
